@@ -1,0 +1,118 @@
+"""From a public function's arguments to a `Call`, and from a `Call` to its results."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flashtile import checks, ops, reference
+from flashtile.problem import (
+    UNBOUNDED,
+    Call,
+    Operands,
+    Sequences,
+    Variant,
+    scale_or_default,
+    window_sides,
+)
+from flashtile.random import draw_rng_state
+
+Window = tuple[int | None, int | None]
+Documents = Tensor | tuple[Tensor, Tensor]
+
+
+def normalise(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: Window = (UNBOUNDED, UNBOUNDED),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    bias: Tensor | None = None,
+    attn_mask: Tensor | None = None,
+    learnable_sink: Tensor | None = None,
+    document_ids: Documents | None = None,
+    dropout_generator: torch.Generator | None = None,
+    max_seqlen_q: int | Tensor | None = None,
+    max_seqlen_k: int | Tensor | None = None,
+    **sequences: Tensor | None,
+) -> Call:
+    """Validate a call and put it in normal form; draws the dropout state if there is dropout."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        checks.is_tensor(name, x)
+    left, right = window_sides(window_size, causal)
+    ids_q, ids_k = _document_pair(document_ids)
+    operands = Operands(
+        _unit_stride(q), _unit_stride(k), _unit_stride(v), _four_dims(bias), _four_dims(attn_mask),
+        alibi_slopes, learnable_sink, ids_q, ids_k,
+    )  # fmt: skip
+    longest = {"max_seqlen_q": _host_int(max_seqlen_q), "max_seqlen_k": _host_int(max_seqlen_k)}
+    call = Call(
+        operands,
+        Sequences(**sequences, **longest),  # type: ignore[arg-type]
+        Variant(
+            scale_or_default(softmax_scale, q), left, right, float(softcap), float(dropout_p),
+            deterministic or torch.are_deterministic_algorithms_enabled(),
+        ),
+    )  # fmt: skip
+    checks.check_call(call)
+    if dropout_p > 0.0:
+        state = draw_rng_state(q.device, dropout_generator)
+        call = call._replace(operands=operands._replace(rng_state=state))
+    return call
+
+
+def attend(
+    call: Call, *, out: Tensor | None, return_lse: bool, return_attn_probs: bool = False
+) -> Any:
+    """Run a call: out, (out, lse), or (out, lse, S_dmask)."""
+    if out is not None:
+        checks.check_out(out, call)
+    result, lse = ops.forward(*call.flat())
+    result = result if out is None else out.copy_(result)
+    if return_attn_probs:
+        return result, lse, signed_probabilities(call)
+    return (result, lse) if return_lse else result
+
+
+def signed_probabilities(call: Call) -> Tensor:
+    """FlashAttention-2's S_dmask: the probabilities, negative where dropped, for tests only.
+
+    (batch, heads, seqlen_q, seqlen_k) rounded up to multiples of 128, in q's dtype, zero beyond
+    the true lengths; of shape (0,) without dropout. Quadratic in memory.
+    """
+    if call.variant.dropout_p == 0.0:
+        return call.operands.q.new_empty((0,))
+    with torch.no_grad():
+        return reference.signed_probabilities(call)
+
+
+def _unit_stride(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
+
+
+def _four_dims(x: Tensor | None) -> Tensor | None:
+    """Give a mask of fewer dimensions its leading ones."""
+    if not isinstance(x, Tensor) or x.dim() >= 4:
+        return x
+    return x[(None,) * (4 - x.dim())]
+
+
+def _document_pair(ids: Documents | None) -> tuple[Tensor | None, Tensor | None]:
+    if ids is None or isinstance(ids, Tensor):
+        return ids, ids
+    if len(ids) != 2:
+        raise ValueError(f"document_ids has {len(ids)} entries; it must be a tensor or a pair")
+    return ids[0], ids[1]
+
+
+def _host_int(longest: int | Tensor | None) -> int:
+    """max_seqlen as an int. A tensor would need a host sync to read, so it counts as unknown."""
+    return UNBOUNDED if longest is None or isinstance(longest, Tensor) else longest

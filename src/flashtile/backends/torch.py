@@ -1,0 +1,290 @@
+"""Attention in plain PyTorch, on any device: FlashAttention's algorithm, a block at a time.
+
+Forward is the online softmax over key blocks, backward recomputes the probabilities of a block
+from lse (Dao, "FlashAttention-2", 2023, algorithms 1 and 2). Nothing is larger than a block of
+scores but tensors linear in sequence length; blocks that no row sees are skipped; the query heads
+of a KV head are rows of one matrix product, so K and V are never expanded. Where torch's own CPU
+flash kernel can do a segment, it does.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from flashtile.backends import aten
+from flashtile.backends.segments import Segment, segments
+from flashtile.mods import (
+    Band,
+    Bias,
+    Documents,
+    Dropout,
+    Mask,
+    MaskTensor,
+    ScoreMod,
+    Softcap,
+    Tile,
+)  # fmt: skip
+from flashtile.mods.scores import alibi
+from flashtile.plan import Plan, TileConfig
+from flashtile.problem import Call
+
+
+class Gradients(NamedTuple):
+    """What backward is asked for, or None; in the operands' dtypes."""
+
+    q: Tensor | None
+    k: Tensor | None
+    v: Tensor | None
+    bias: Tensor | None
+    learnable_sink: Tensor | None
+
+
+class _Pieces(NamedTuple):
+    """The variant of a call as mods and masks."""
+
+    band: Band
+    masks: tuple[Mask, ...]
+    scores: tuple[ScoreMod, ...]
+    dropout: Dropout | None
+
+
+class _Work(NamedTuple):
+    """What the blocks of one segment have in common."""
+
+    call: Call
+    pieces: _Pieces
+    tile: TileConfig
+    dtype: torch.dtype  # of the accumulators
+    segment: Segment
+
+    @property
+    def kv_heads(self) -> int:
+        return self.call.operands.k.shape[-2]
+
+    def q_block(self, x: Tensor, row: int, stop: int) -> Tensor:
+        """Rows of a q-shaped tensor: (batches * kv_heads, group * rows, head_dim)."""
+        return _matrix(self.segment.q_rows(x, row, stop), self.kv_heads, self.dtype)
+
+    def k_block(self, x: Tensor, col: int, end: int) -> Tensor:
+        """Rows of a k-shaped tensor: (batches * kv_heads, cols, head_dim)."""
+        return _matrix(self.segment.k_rows(x, col, end), self.kv_heads, self.dtype)
+
+
+class _Saved(NamedTuple):
+    """What backward knows of the forward, row by row."""
+
+    dout: Tensor
+    lse: Tensor
+    delta: Tensor  # lse's shape: rowsum(dout * out) - dlse
+
+
+def forward(call: Call, plan: Plan) -> tuple[Tensor, Tensor]:
+    """(out, lse) of a call; rows of no sequence and rows that see no key are 0 and -inf."""
+    q, v = call.operands.q, call.operands.v
+    dtype = _accumulator(q.dtype)
+    out = q.new_zeros((*q.shape[:-1], v.shape[-1]))
+    lse = q.new_full(call.lse_shape, -math.inf, dtype=dtype)
+    pieces = _compose(call, dtype)
+    for segment in segments(call, plan.tile.batches):
+        if aten.can(call, segment):
+            aten.forward(call, segment, out, lse)
+            continue
+        work = _Work(call, pieces, plan.tile, dtype, segment)
+        for row in range(0, segment.seqlen_q, plan.tile.block_q):
+            _forward_rows(work, row, out, lse)
+    return out, lse
+
+
+def backward(
+    call: Call,
+    plan: Plan,
+    dout: Tensor,
+    dlse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    needs: tuple[bool, ...],
+) -> Gradients:
+    """The gradients asked for: needs is (q, k, v, bias, learnable_sink)."""
+    operands = call.operands
+    wanted = (operands.q, operands.k, operands.v, operands.bias, operands.learnable_sink)
+    dtype = _accumulator(operands.q.dtype)
+    grads = Gradients(*(
+        x.new_zeros(x.shape, dtype=dtype) if need and x is not None else None
+        for x, need in zip(wanted, needs, strict=True)
+    ))  # fmt: skip
+    delta = (dout.to(dtype) * out.to(dtype)).sum(-1).transpose(-1, -2)
+    saved = _Saved(dout, lse, delta if dlse is None else delta - dlse)
+    pieces = _compose(call, dtype, grads.bias)
+    for segment in segments(call, plan.tile.batches):
+        if dlse is None and aten.can(call, segment):
+            aten.backward(call, segment, dout, out, lse, grads)
+            continue
+        work = _Work(call, pieces, plan.tile, dtype, segment)
+        for col in range(0, segment.seqlen_k, plan.tile.block_k):
+            _backward_columns(work, col, saved, grads)
+        if grads.learnable_sink is not None:
+            _add_sink_gradient(work, saved, grads.learnable_sink)
+    return Gradients(*(
+        g if g is None or x is None else g.to(x.dtype) for g, x in zip(grads, wanted, strict=True)
+    ))  # fmt: skip
+
+
+def _accumulator(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _compose(call: Call, dtype: torch.dtype, bias_grad: Tensor | None = None) -> _Pieces:
+    """The mods and masks of a call, in the contract's order."""
+    operands, _, variant = call
+    scores: list[ScoreMod] = []
+    masks: list[Mask] = []
+    if variant.softcap > 0.0:
+        scores.append(Softcap(variant.softcap))
+    if operands.alibi_slopes is not None:
+        scores.append(alibi(operands.alibi_slopes, operands.q.shape[-2], dtype))
+    if operands.bias is not None:
+        scores.append(Bias(operands.bias, bias_grad))
+    if operands.document_ids_q is not None and operands.document_ids_k is not None:
+        masks.append(Documents(operands.document_ids_q, operands.document_ids_k))
+    if operands.attn_mask is not None:
+        if operands.attn_mask.dtype == torch.bool:
+            masks.append(MaskTensor(operands.attn_mask))
+        else:
+            scores.append(Bias(operands.attn_mask))
+    dropout = None
+    if variant.dropout_p > 0.0 and operands.rng_state is not None:
+        dropout = Dropout(variant.dropout_p, operands.rng_state)
+    band = Band(variant.window_left, variant.window_right)
+    return _Pieces(band, tuple(masks), tuple(scores), dropout)
+
+
+def _matrix(rows: Tensor, kv_heads: int, dtype: torch.dtype) -> Tensor:
+    """(batches, rows, heads, dim) to (batches * kv_heads, group * rows, dim), accumulator dtype."""
+    batches, _, _, dim = rows.shape
+    return rows.transpose(1, 2).to(dtype).reshape(batches * kv_heads, -1, dim)
+
+
+def _rows(matrix: Tensor, batches: int, heads: int) -> Tensor:
+    """The inverse of `_matrix`, as a view."""
+    return matrix.view(batches, heads, -1, matrix.shape[-1]).transpose(1, 2)
+
+
+def _unseen(tile: Tile, pieces: _Pieces, like: Tensor) -> Tensor | None:
+    """True where a query does not see a key, broadcastable to the tile; None: nowhere."""
+    unseen: Tensor | None = None
+    for mask in (pieces.band, *pieces.masks):
+        visible = mask.visible(tile, like)
+        if visible is not None:
+            unseen = ~visible if unseen is None else unseen | ~visible
+    return unseen
+
+
+def _skips(unseen: Tensor | None) -> bool:
+    """Whether no row sees a key of the tile. Asked on the CPU only: elsewhere it is a sync."""
+    return unseen is not None and unseen.device.type == "cpu" and bool(unseen.all())
+
+
+def _scores(
+    q: Tensor, k: Tensor, tile: Tile, pieces: _Pieces, unseen: Tensor | None
+) -> tuple[Tensor, list[Tensor | None]]:
+    """Scores after mods and masks (batches, heads, rows, cols), and each mod's derivative."""
+    s = torch.bmm(q, k.mT).view(tile.batches, -1, tile.rows, tile.cols)
+    derivatives: list[Tensor | None] = []
+    for mod in pieces.scores:
+        mod.apply(s, tile)
+        derivatives.append(mod.derivative(s))
+    if unseen is not None:
+        s.masked_fill_(unseen, -math.inf)
+    return s, derivatives
+
+
+def _forward_rows(work: _Work, row: int, out: Tensor, lse: Tensor) -> None:
+    """One block of query rows: fold the key blocks it sees into the softmax state, then write."""
+    call, pieces, tiles, dtype, segment = work
+    q, k, v, sink = *call.operands[:3], call.operands.learnable_sink
+    stop = min(row + tiles.block_q, segment.seqlen_q)
+    heads, rows = q.shape[-2], stop - row
+    q_block = work.q_block(q, row, stop).mul(call.variant.softmax_scale)
+    state = (segment.batches, heads, rows, 1)
+    # A finite floor for the running max keeps fully masked rows free of inf - inf.
+    m = q_block.new_full(state, torch.finfo(dtype).min)  # running max
+    l = q_block.new_zeros(state)  # running sum
+    if sink is not None:
+        logit = sink.to(dtype)[:, None, None]
+        m = m.maximum(logit)
+        l = torch.exp(logit - m)
+    acc = q_block.new_zeros((*q_block.shape[:2], v.shape[-1]))
+    lo, hi = pieces.band.key_range(segment.tile(row, rows, 0, 0))
+    for col in range(lo, hi, tiles.block_k):
+        end = min(col + tiles.block_k, hi)
+        tile = segment.tile(row, rows, col, end - col)
+        unseen = _unseen(tile, pieces, q_block)
+        if _skips(unseen):
+            continue
+        s, _ = _scores(q_block, work.k_block(k, col, end), tile, pieces, unseen)
+        m_new = torch.maximum(m, s.amax(-1, keepdim=True))
+        p = s.sub_(m_new).exp_()
+        alpha = torch.exp(m - m_new)
+        l = l.mul_(alpha).add_(p.sum(-1, keepdim=True))
+        m = m_new
+        if pieces.dropout is not None:
+            p.mul_(pieces.dropout.factor(tile, p))
+        acc.mul_(alpha.view(*acc.shape[:2], 1))
+        acc.baddbmm_(p.view(*acc.shape[:2], -1), work.k_block(v, col, end))
+    acc.div_(torch.where(l == 0, 1.0, l).view(*acc.shape[:2], 1))
+    segment.q_rows(out, row, stop).copy_(_rows(acc, segment.batches, heads))
+    segment.lse_rows(lse, row, stop).copy_((m + torch.log(l)).squeeze(-1))
+
+
+def _backward_columns(work: _Work, col: int, saved: _Saved, grads: Gradients) -> None:
+    """One block of keys: recompute its probabilities with each query block that sees it."""
+    call, pieces, tiles, _, segment = work
+    q, k, v = call.operands[:3]
+    end = min(col + tiles.block_k, segment.seqlen_k)
+    k_block, v_block = work.k_block(k, col, end), work.k_block(v, col, end)
+    dk, dv = torch.zeros_like(k_block), torch.zeros_like(v_block)
+    lo, hi = pieces.band.query_range(segment.tile(0, 0, col, end - col))
+    for row in range(lo, hi, tiles.block_q):
+        stop = min(row + tiles.block_q, hi)
+        tile = segment.tile(row, stop - row, col, end - col)
+        unseen = _unseen(tile, pieces, k_block)
+        if _skips(unseen):
+            continue
+        q_block = work.q_block(q, row, stop).mul(call.variant.softmax_scale)
+        do_block = work.q_block(saved.dout, row, stop)
+        s, derivatives = _scores(q_block, k_block, tile, pieces, unseen)
+        row_lse = segment.lse_rows(saved.lse, row, stop).unsqueeze(-1)
+        p = s.sub_(torch.where(row_lse == -math.inf, math.inf, row_lse)).exp_()
+        dp = torch.bmm(do_block, v_block.mT).view_as(p)
+        kept = p
+        if pieces.dropout is not None:
+            factor = pieces.dropout.factor(tile, p)
+            dp.mul_(factor)
+            kept = factor.mul_(p)
+        dv.baddbmm_(kept.reshape(len(dv), -1, end - col).mT, do_block)
+        ds = dp.sub_(segment.lse_rows(saved.delta, row, stop).unsqueeze(-1)).mul_(p)
+        for mod, derivative in zip(reversed(pieces.scores), reversed(derivatives), strict=True):
+            mod.accumulate(ds, tile)
+            if derivative is not None:
+                ds.mul_(derivative)
+        ds = ds.view(len(dk), -1, end - col)
+        dk.baddbmm_(ds.mT, q_block)
+        if grads.q is not None:
+            dq = torch.bmm(ds, k_block).mul_(call.variant.softmax_scale)
+            segment.q_rows(grads.q, row, stop).add_(_rows(dq, segment.batches, q.shape[-2]))
+    for grad, block in ((grads.k, dk), (grads.v, dv)):
+        if grad is not None:
+            segment.add_k_rows(grad, col, end, _rows(block, segment.batches, work.kv_heads))
+
+
+def _add_sink_gradient(work: _Work, saved: _Saved, grad: Tensor) -> None:
+    """d sink = - sum over rows of p_sink * delta: the sink's value row is zero."""
+    sink, segment = work.call.operands.learnable_sink, work.segment
+    if sink is None:
+        return
+    row_lse, delta = (segment.lse_rows(x, 0, segment.seqlen_q) for x in (saved.lse, saved.delta))
+    grad.sub_((torch.exp(sink.to(work.dtype)[:, None] - row_lse) * delta).sum((0, 2)))

@@ -1,0 +1,68 @@
+"""What flashtile will do with a problem, and why."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from flashtile.plan import Device, Plan, plan
+from flashtile.problem import UNBOUNDED, AttentionProblem, describe
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """A problem and its plan. `rows()` gives (name, value) pairs, `str()` the same as text."""
+
+    problem: AttentionProblem
+    plan: Plan
+
+    def rows(self) -> list[tuple[str, str]]:
+        p, chosen = self.problem, self.plan
+        tile = chosen.tile
+        storage = f"paged by {p.page_size}" if p.page_size else p.layout
+        rows = [
+            (
+                "problem",
+                f"batch {p.batch}, {p.seqlen_q:,} queries x {p.seqlen_k:,} keys, {storage}",
+            ),
+            ("heads", f"{p.heads} query, {p.kv_heads} KV, head_dim {p.head_dim}/{p.head_dim_v}"),
+            ("dtype", f"{p.dtype} on {p.device}"),
+            ("mask", _mask_text(p)),
+            ("features", ", ".join(sorted(p.features)) or "none"),
+            ("backend", chosen.backend),
+            ("tile", f"{tile.block_q} queries x {tile.block_k} keys, {tile.batches} sequences"),
+            ("FLOPs", f"{chosen.flops_forward:.3g} forward, {chosen.flops_backward:.3g} backward"),
+            ("bytes", f"{chosen.bytes_forward:.3g} forward, {chosen.bytes_backward:.3g} backward"),
+        ]
+        return rows + [(f"not {name}", reason) for name, reason in chosen.passed_over]
+
+    def __str__(self) -> str:
+        return "\n".join(f"{name:>12}  {value}" for name, value in self.rows())
+
+
+def _mask_text(p: AttentionProblem) -> str:
+    if p.window_left == UNBOUNDED and p.window_right == UNBOUNDED:
+        return "full"
+    if p.window_left == UNBOUNDED and p.causal:
+        return "causal"
+    sides = ["unbounded" if x == UNBOUNDED else f"{x:,}" for x in (p.window_left, p.window_right)]
+    return f"window, {sides[0]} to the left, {sides[1]} to the right"
+
+
+def explain_problem(problem: AttentionProblem, device: Device) -> Explanation:
+    """The plan of a problem given by its metadata."""
+    return Explanation(problem, plan(problem, device))
+
+
+def explain(q: Tensor, k: Tensor, v: Tensor, **keywords: Any) -> Explanation:
+    """The plan of `flash_attn_func(q, k, v, **keywords)`, or with cu_seqlens_q among the keywords
+    of `flash_attn_varlen_func`. Validates like the call, computes nothing.
+
+    >>> print(flashtile.explain(q, k, v, causal=True))
+    """
+    from flashtile.api import normalise  # noqa: PLC0415, the arrow points from api to here
+
+    call = normalise(q, k, v, **keywords)
+    return explain_problem(describe(call), Device.of(q.device))

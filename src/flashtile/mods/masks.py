@@ -1,0 +1,75 @@
+"""Masks: which keys a query sees, and the range of keys that this implies for a run of queries."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+
+from flashtile.mods.tile import Tile
+from flashtile.problem import UNBOUNDED
+
+
+class Mask(Protocol):
+    """An element predicate, evaluated a tile at a time."""
+
+    def visible(self, tile: Tile, like: Tensor) -> Tensor | None:
+        """True where seen, broadcastable to the tile, on `like`'s device; None: all are."""
+
+
+class Band(NamedTuple):
+    """Keys from `left` before to `right` after the bottom-right diagonal; causal is right == 0."""
+
+    left: int
+    right: int
+
+    def key_range(self, tile: Tile) -> tuple[int, int]:
+        """Keys [lo, hi) that some query of the tile's rows sees."""
+        first, last = tile.row + tile.offset, tile.row + tile.rows - 1 + tile.offset
+        lo = 0 if self.left == UNBOUNDED else max(0, first - self.left)
+        hi = tile.seqlen_k if self.right == UNBOUNDED else last + self.right + 1
+        return min(lo, tile.seqlen_k), max(0, min(hi, tile.seqlen_k))
+
+    def query_range(self, tile: Tile) -> tuple[int, int]:
+        """Queries [lo, hi) that see some key of the tile's columns: the transpose."""
+        first, last = tile.col - tile.offset, tile.col + tile.cols - 1 - tile.offset
+        lo = 0 if self.right == UNBOUNDED else max(0, first - self.right)
+        hi = tile.seqlen_q if self.left == UNBOUNDED else last + self.left + 1
+        return min(lo, tile.seqlen_q), max(0, min(hi, tile.seqlen_q))
+
+    def _full(self, tile: Tile) -> bool:
+        first, last = tile.row + tile.offset, tile.row + tile.rows - 1 + tile.offset
+        left_ok = self.left == UNBOUNDED or tile.col >= last - self.left
+        right_ok = self.right == UNBOUNDED or tile.col + tile.cols - 1 <= first + self.right
+        return left_ok and right_ok
+
+    def visible(self, tile: Tile, like: Tensor) -> Tensor | None:
+        if self._full(tile):
+            return None
+        q, k = tile.q_idx(like.device)[:, None] + tile.offset, tile.k_idx(like.device)
+        seen = k <= q + (tile.seqlen_k if self.right == UNBOUNDED else self.right)
+        return seen if self.left == UNBOUNDED else seen.logical_and_(k >= q - self.left)
+
+
+class Documents(NamedTuple):
+    """Queries see the keys of their own document."""
+
+    q_ids: Tensor  # (batch, seqlen_q) or (total_q,)
+    k_ids: Tensor  # (batch, seqlen_k) or (total_k,)
+
+    def visible(self, tile: Tile, like: Tensor) -> Tensor | None:
+        row, col = tile.q_start + tile.row, tile.k_start + tile.leftpad + tile.col
+        q = self.q_ids if self.q_ids.dim() == 1 else tile.batches_of(self.q_ids)
+        k = self.k_ids if self.k_ids.dim() == 1 else tile.batches_of(self.k_ids)
+        q, k = q[..., row : row + tile.rows], k[..., col : col + tile.cols]
+        seen = q[..., :, None] == k[..., None, :]
+        return seen if seen.dim() == 2 else seen[:, None]
+
+
+class MaskTensor(NamedTuple):
+    """A bool tensor, True where seen."""
+
+    mask: Tensor  # (1 | batch, 1 | heads, 1 | seqlen_q, seqlen_k)
+
+    def visible(self, tile: Tile, like: Tensor) -> Tensor | None:
+        return tile.part_of(self.mask)

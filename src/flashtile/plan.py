@@ -1,0 +1,149 @@
+"""Which backend computes a problem, and with which tiles: a pure function, no torch calls.
+
+A backend that cannot do a problem says why; the next one is taken. `explain` prints the choice.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+from flashtile.problem import UNBOUNDED, AttentionProblem
+
+if TYPE_CHECKING:
+    import torch
+
+BACKENDS = ("hopper", "triton", "torch")
+"""Best first."""
+
+BLOCK = 256
+"""Edge of the torch backend's blocks. On two AVX2 cores with 1 MiB of L2 (8 heads x 64, 2,048
+causal tokens, fp32) 256 x 256 took 173 ms forward plus backward, 128 x 128 244, 512 x 512 203."""
+
+BLOCK_ELEMENTS = 2**21
+"""Scores of the torch backend's blocks over all heads: 8 MiB in fp32, a quarter of an L3 cache."""
+
+
+@dataclass(frozen=True)
+class Device:
+    """What a plan may know of a device."""
+
+    type: str  # torch's device type
+    arch: str = ""  # sm_90, gfx942, ...; empty on a CPU
+    has_triton: bool = False
+
+    @staticmethod
+    def of(device: torch.device) -> Device:
+        """The device that a tensor lives on."""
+        return _device(device.type, device.index)
+
+
+@lru_cache
+def _device(kind: str, index: int | None) -> Device:
+    arch = ""
+    if kind == "cuda":
+        import torch  # noqa: PLC0415, planning itself needs no torch
+
+        properties = torch.cuda.get_device_properties(index)
+        hip = getattr(properties, "gcnArchName", "") if torch.version.hip else ""
+        arch = hip.split(":")[0] or f"sm_{properties.major}{properties.minor}"
+    return Device(kind, arch, importlib.util.find_spec("triton") is not None)
+
+
+@dataclass(frozen=True)
+class TileConfig:
+    """The block of the attention matrix that a backend works on at a time."""
+
+    block_q: int  # queries
+    block_k: int  # keys
+    batches: int = 1  # sequences of equal lengths worked on together (torch backend)
+
+
+@dataclass(frozen=True)
+class Plan:
+    backend: str
+    tile: TileConfig
+    flops_forward: int
+    flops_backward: int
+    bytes_forward: int  # each input read once, each output written once
+    bytes_backward: int
+    passed_over: tuple[tuple[str, str], ...] = ()  # better backends and why not
+
+
+def backends(device: Device) -> list[tuple[str, str | None]]:
+    """(name, why it cannot run on this device or None), best first."""
+    return [(name, _why_not(name, device)) for name in BACKENDS]
+
+
+def _why_not(name: str, device: Device) -> str | None:
+    if name == "torch":
+        return None
+    if name == "hopper":
+        if device.arch != "sm_90":
+            here = device.arch or device.type
+            return f"needs an NVIDIA Hopper GPU (sm_90), the tensors are on {here}"
+    elif device.type != "cuda":
+        return f"needs a GPU that Triton compiles for, the tensors are on {device.type}"
+    if not device.has_triton:
+        return "needs triton, which is not installed"
+    return "its kernels are not part of this version of flashtile"
+
+
+@lru_cache(maxsize=4096)
+def plan(problem: AttentionProblem, device: Device) -> Plan:
+    """Choose the backend and its tile."""
+    reasons = [(name, _why_not(name, device)) for name in BACKENDS]
+    chosen = next(name for name, reason in reasons if reason is None)
+    passed = tuple((n, r) for n, r in reasons[: BACKENDS.index(chosen)] if r is not None)
+    pairs = visible_pairs(problem) * problem.batch * problem.heads
+    d, dv = problem.head_dim, problem.head_dim_v
+    read, written = _traffic(problem)
+    return Plan(
+        backend=chosen,
+        tile=torch_tile(problem),
+        flops_forward=2 * pairs * (d + dv),
+        flops_backward=2 * pairs * (3 * d + 2 * dv),
+        bytes_forward=read + written,
+        bytes_backward=2 * (read + written),
+        passed_over=passed,
+    )
+
+
+def torch_tile(problem: AttentionProblem) -> TileConfig:
+    """Blocks of the torch backend: square while there are queries, wider for a few of them."""
+    block_q = max(1, min(BLOCK, problem.seqlen_q))
+    per_key = max(1, problem.heads * block_q)
+    wide = BLOCK_ELEMENTS // per_key // BLOCK * BLOCK if block_q < BLOCK // 4 else BLOCK
+    block_k = max(BLOCK, min(wide, 4096))
+    batches = max(1, BLOCK_ELEMENTS // (per_key * min(block_k, max(1, problem.seqlen_k))))
+    return TileConfig(block_q, block_k, batches)
+
+
+def visible_pairs(problem: AttentionProblem) -> int:
+    """(query, key) pairs of one sequence and head that causality and window leave."""
+    seqlen_q, seqlen_k = problem.seqlen_q, problem.seqlen_k
+    offset, left, right = seqlen_k - seqlen_q, problem.window_left, problem.window_right
+    above = seqlen_q * seqlen_k
+    if right != UNBOUNDED:
+        above = _sum_clamped(offset + right + 1, seqlen_q, seqlen_k)
+    below = 0 if left == UNBOUNDED else _sum_clamped(offset - left, seqlen_q, seqlen_k)
+    return above - below
+
+
+def _sum_clamped(start: int, count: int, top: int) -> int:
+    """Sum of min(max(start + i, 0), top) for i in range(count)."""
+    first = min(max(0, -start), count)  # terms before are 0
+    full = min(max(top - start, first), count)  # terms from here are top
+    ramp = full - first
+    return ramp * (start + first) + ramp * (ramp - 1) // 2 + (count - full) * top
+
+
+def _traffic(problem: AttentionProblem) -> tuple[int, int]:
+    """Bytes of q, k, v, and of out and lse."""
+    size, p = problem.element_bytes, problem
+    rows = p.batch * p.seqlen_q * p.heads
+    keys = p.batch * p.seqlen_k * p.kv_heads
+    read = size * (rows * p.head_dim + keys * (p.head_dim + p.head_dim_v))
+    return read, size * rows * p.head_dim_v + 4 * rows

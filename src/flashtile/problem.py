@@ -1,0 +1,199 @@
+"""The normal form of every attention call, and its metadata.
+
+Dense, varlen, paged and cached calls all become one `Call`: tensors, where the sequences lie, and
+the scalar variant, in the order of the operator's schema. `describe` reduces a call to an
+`AttentionProblem`, the frozen metadata that `plan` chooses a backend and tiles from.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+UNBOUNDED = -1
+"""A window side, or a max_seqlen, without a limit."""
+
+
+class Operands(NamedTuple):
+    """The tensors of a call. Absent features are None."""
+
+    q: Tensor  # (batch, seqlen_q, heads, head_dim) or (total_q, heads, head_dim)
+    k: Tensor  # as q with kv_heads, or (pages, page_size, kv_heads, head_dim) with a block_table
+    v: Tensor  # as k, with head_dim_v
+    bias: Tensor | None = None  # (1|batch, 1|heads, 1|seqlen_q, seqlen_k), differentiable
+    attn_mask: Tensor | None = None  # as bias; bool keeps where True, float is added
+    alibi_slopes: Tensor | None = None  # (heads,) or (batch, heads)
+    learnable_sink: Tensor | None = None  # (heads,), a logit in natural units, differentiable
+    document_ids_q: Tensor | None = None  # (batch, seqlen_q) or (total_q,), integer
+    document_ids_k: Tensor | None = None  # (batch, seqlen_k) or (total_k,), integer
+    rng_state: Tensor | None = None  # (2,) int64: seed, offset; None without dropout
+
+
+class Sequences(NamedTuple):
+    """Where the sequences of a call lie. All int32 on the operands' device."""
+
+    cu_seqlens_q: Tensor | None = None  # (batch + 1,)
+    cu_seqlens_k: Tensor | None = None  # (batch + 1,)
+    seqused_q: Tensor | None = None  # (batch,) rows in use
+    seqused_k: Tensor | None = None  # (batch,) keys in use, counted from slot 0
+    block_table: Tensor | None = None  # (batch, max_pages)
+    cache_batch_idx: Tensor | None = None  # (batch,) row of k and v that a batch row reads
+    cache_leftpad: Tensor | None = None  # (batch,) first slot in use
+    max_seqlen_q: int = UNBOUNDED
+    max_seqlen_k: int = UNBOUNDED
+
+
+class Variant(NamedTuple):
+    """The scalars of a call. Causal is window_right == 0."""
+
+    softmax_scale: float
+    window_left: int = UNBOUNDED
+    window_right: int = UNBOUNDED
+    softcap: float = 0.0  # 0 is off
+    dropout_p: float = 0.0
+    deterministic: bool = False
+
+
+class Call(NamedTuple):
+    """One attention call in normal form."""
+
+    operands: Operands
+    sequences: Sequences
+    variant: Variant
+
+    def flat(self) -> tuple[Any, ...]:
+        """The operator's positional arguments."""
+        return (*self.operands, *self.sequences, *self.variant)
+
+    @staticmethod
+    def unflatten(args: tuple[Any, ...]) -> Call:
+        """The inverse of `flat`."""
+        a = len(Operands._fields)
+        b = a + len(Sequences._fields)
+        return Call(Operands(*args[:a]), Sequences(*args[a:b]), Variant(*args[b:]))
+
+    @property
+    def varlen(self) -> bool:
+        return self.sequences.cu_seqlens_q is not None
+
+    @property
+    def batch(self) -> int:
+        cu_seqlens_q = self.sequences.cu_seqlens_q
+        return self.operands.q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
+
+    @property
+    def seqlen_q(self) -> int:
+        """The longest a query sequence can be."""
+        longest, q = self.sequences.max_seqlen_q, self.operands.q
+        if not self.varlen:
+            return q.shape[1]
+        return q.shape[0] if longest == UNBOUNDED else longest
+
+    @property
+    def seqlen_k(self) -> int:
+        """The longest a key sequence can be."""
+        k, table, longest = self.operands.k, self.sequences.block_table, self.sequences.max_seqlen_k
+        if table is not None:
+            return table.shape[1] * k.shape[1]
+        if k.dim() == 4:
+            return k.shape[1]
+        return k.shape[0] if longest == UNBOUNDED else longest
+
+    @property
+    def lse_shape(self) -> tuple[int, ...]:
+        q = self.operands.q
+        return (q.shape[1], q.shape[0]) if self.varlen else (q.shape[0], q.shape[2], q.shape[1])
+
+
+@dataclass(frozen=True)
+class AttentionProblem:
+    """What a plan may depend on: metadata only, no tensor, no value that lives on a device."""
+
+    device: str  # torch's device type: cpu, cuda, ...
+    dtype: str  # float16, bfloat16, float32 or float64
+    batch: int
+    seqlen_q: int
+    seqlen_k: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    head_dim_v: int
+    window_left: int = UNBOUNDED
+    window_right: int = UNBOUNDED
+    layout: str = "dense"  # dense or varlen
+    page_size: int = 0  # 0 is not paged
+    features: frozenset[str] = frozenset()  # names of the other features in use
+
+    @property
+    def causal(self) -> bool:
+        return self.window_right == 0
+
+    @property
+    def group(self) -> int:
+        """Query heads per KV head."""
+        return self.heads // self.kv_heads if self.kv_heads else 1
+
+    @property
+    def element_bytes(self) -> int:
+        return {"float64": 8, "float32": 4}.get(self.dtype, 2)
+
+
+def _features(call: Call) -> frozenset[str]:
+    operands, sequences, variant = call
+    names = {
+        name
+        for name in ("bias", "attn_mask", "alibi_slopes", "learnable_sink")
+        if getattr(operands, name) is not None
+    }
+    if operands.document_ids_q is not None:
+        names.add("document_ids")
+    names |= {
+        name
+        for name in ("seqused_q", "seqused_k", "cache_batch_idx", "cache_leftpad")
+        if getattr(sequences, name) is not None
+    }
+    if variant.softcap > 0.0:
+        names.add("softcap")
+    if variant.dropout_p > 0.0:
+        names.add("dropout")
+    return frozenset(names)
+
+
+def describe(call: Call) -> AttentionProblem:
+    """The metadata of a call."""
+    operands, sequences, variant = call
+    q, k, v = operands[:3]
+    return AttentionProblem(
+        device=q.device.type,
+        dtype=str(q.dtype).removeprefix("torch."),
+        batch=call.batch,
+        seqlen_q=call.seqlen_q,
+        seqlen_k=call.seqlen_k,
+        heads=q.shape[-2],
+        kv_heads=k.shape[-2],
+        head_dim=q.shape[-1],
+        head_dim_v=v.shape[-1],
+        window_left=variant.window_left,
+        window_right=variant.window_right,
+        layout="varlen" if call.varlen else "dense",
+        page_size=k.shape[1] if sequences.block_table is not None else 0,
+        features=_features(call),
+    )
+
+
+def window_sides(window_size: tuple[int | None, int | None], causal: bool) -> tuple[int, int]:
+    """FlashAttention's `window_size` and `causal` as (left, right), -1 where unbounded."""
+    left, right = (UNBOUNDED if side is None else int(side) for side in window_size)
+    return left, 0 if causal else right
+
+
+def scale_or_default(softmax_scale: float | None, q: Tensor) -> float:
+    """softmax_scale, or 1/sqrt(head_dim)."""
+    return float(q.shape[-1]) ** -0.5 if softmax_scale is None else float(softmax_scale)
+
+
+FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""The dtypes that q, k and v may have."""

@@ -1,0 +1,313 @@
+"""The definition of correctness: eager attention, every feature, on any device.
+
+Dense in memory and plain to read: one sequence at a time, scores written out, gradients by
+autograd. In fp64 it is the oracle of the tests; in a low precision (`dtype=None`) it is the error
+that standard attention itself makes, which every kernel is measured against. It shares no
+code with the backends but the random numbers that define the dropout mask.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from flashtile.problem import Call, Sequences, scale_or_default, window_sides
+from flashtile.random import keep_mask
+from flashtile.rotary import query_positions, rotate
+
+
+class AttentionResult(NamedTuple):
+    out: Tensor  # q's layout with head_dim_v, zero where no key is seen
+    lse: Tensor  # (batch, heads, seqlen_q) or (heads, total_q), natural log, -inf on empty rows
+
+
+class _Variant(NamedTuple):
+    scale: float
+    left: int
+    right: int
+    softcap: float
+    alibi_slopes: Tensor | None  # (batch | 1, heads)
+    bias: Tensor | None  # (1 | batch, 1 | heads, 1 | seqlen_q, seqlen_k)
+    attn_mask: Tensor | None
+    sink: Tensor | None
+    documents: Any  # (ids of q, ids of k) or None
+    dropout_p: float
+    rng_state: Tensor | None
+
+
+class _Sequence(NamedTuple):
+    """One sequence: its index, its rows of q and slots of k, and where they start."""
+
+    batch: int
+    q: Tensor  # (seqlen_q, heads, head_dim)
+    k: Tensor  # (seqlen_k, kv_heads, head_dim)
+    v: Tensor
+    q_start: int  # first row in q's token dimension
+    k_start: int  # first slot in k's token dimension
+    k_slot: int  # first slot, counted from the start of the sequence
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int | None, int | None] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    bias: Tensor | None = None,
+    attn_mask: Tensor | None = None,
+    learnable_sink: Tensor | None = None,
+    document_ids: Tensor | tuple[Tensor, Tensor] | None = None,
+    dropout_p: float = 0.0,
+    rng_state: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    seqused_q: Tensor | None = None,
+    seqused_k: Tensor | None = None,
+    block_table: Tensor | None = None,
+    cache_batch_idx: Tensor | None = None,
+    cache_leftpad: Tensor | None = None,
+    dtype: torch.dtype | None = torch.float64,
+) -> AttentionResult:
+    """softmax(mask(mods(q k^T * scale))) v, and its log-sum-exp.
+
+    q: (batch, seqlen_q, heads, head_dim), or (total_q, heads, head_dim) with cu_seqlens_q; k and v
+    alike with kv_heads, or (pages, page_size, kv_heads, head_dim) with block_table. The other
+    arguments are those of `flash_attn_func` and `flash_attn_varlen_func`, with dropout's mask
+    given by rng_state. Computes and returns in `dtype`, or with None in q's own; lse is at least
+    fp32. Differentiable, any number of times.
+    """
+    left, right = window_sides(window_size, causal)
+    ids = (document_ids, document_ids) if isinstance(document_ids, Tensor) else document_ids
+    slopes = None if alibi_slopes is None else alibi_slopes.reshape(-1, q.shape[-2])
+    variant = _Variant(
+        scale_or_default(softmax_scale, q), left, right, softcap, slopes, bias, attn_mask,
+        learnable_sink, ids, dropout_p, rng_state,
+    )  # fmt: skip
+    dtype = q.dtype if dtype is None else dtype
+    seqs = Sequences(
+        cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, block_table, cache_batch_idx,
+        cache_leftpad,
+    )  # fmt: skip
+    shape = (*q.shape[:-1], v.shape[-1])
+    out = torch.zeros(shape, dtype=dtype, device=q.device)
+    lse = torch.full(shape[:-1], -math.inf, dtype=_at_least_fp32(dtype), device=q.device)
+    for sequence in _sequences(q, k, v, seqs):
+        o, row_lse = _attend(sequence, variant, dtype)
+        rows = slice(sequence.q_start, sequence.q_start + o.shape[0])
+        at = rows if cu_seqlens_q is not None else (sequence.batch, rows)
+        out[at], lse[at] = o, row_lse
+    return AttentionResult(out, lse.transpose(-1, -2).contiguous())
+
+
+def attention_with_kvcache(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
+    *,
+    rotary_cos: Tensor | None = None,
+    rotary_sin: Tensor | None = None,
+    rotary_interleaved: bool = True,
+    cache_seqlens: int | Tensor | None = None,
+    cache_batch_idx: Tensor | None = None,
+    block_table: Tensor | None = None,
+    causal: bool = False,
+    window_size: tuple[int | None, int | None] = (-1, -1),
+    **keywords: Any,
+) -> tuple[AttentionResult, Tensor, Tensor]:
+    """Append k and v to the cache, rotate, and attend: ((out, lse), new k_cache, new v_cache).
+
+    Shapes and keywords as `flash_attn_with_kvcache` and `attention`. The inputs stay as they are.
+    """
+    batch = q.shape[0]
+    capacity = k_cache.shape[1] * (block_table.shape[1] if block_table is not None else 1)
+    lengths = torch.as_tensor(capacity if cache_seqlens is None else cache_seqlens).to(q.device)
+    lengths = lengths.expand(batch).to(torch.int64)
+    k_cache, v_cache = k_cache.clone(), v_cache.clone()
+    if rotary_cos is not None and rotary_sin is not None and k is not None:
+        advance = causal or window_sides(window_size, causal) != (-1, -1)
+        q_at = query_positions(lengths, q.shape[1], advance)
+        k_at = query_positions(lengths, k.shape[1], True)
+        q = rotate(q, rotary_cos, rotary_sin, q_at, rotary_interleaved)
+        k = rotate(k, rotary_cos, rotary_sin, k_at, rotary_interleaved)
+    if k is not None and v is not None:
+        for b in range(batch):
+            for i in range(k.shape[1]):
+                page, slot = _locate(b, int(lengths[b]) + i, k_cache, block_table, cache_batch_idx)
+                k_cache[page, slot], v_cache[page, slot] = k[b, i], v[b, i]
+        lengths = lengths + k.shape[1]
+    result = attention(
+        q, k_cache, v_cache, causal=causal, window_size=window_size, seqused_k=lengths,
+        block_table=block_table, cache_batch_idx=cache_batch_idx, **keywords,
+    )  # fmt: skip
+    return result, k_cache, v_cache
+
+
+def signed_probabilities(call: Call) -> Tensor:
+    """FlashAttention-2's S_dmask of a call: P in q's dtype, negative where dropped.
+
+    (batch, heads, seqlen_q, seqlen_k) rounded up to multiples of 128, zero outside the sequences.
+    """
+    operands, seqs, scalars = call
+    q, k, v = operands[:3]
+    slopes, ids = operands.alibi_slopes, (operands.document_ids_q, operands.document_ids_k)
+    variant = _Variant(
+        scalars.softmax_scale, scalars.window_left, scalars.window_right, scalars.softcap,
+        None if slopes is None else slopes.reshape(-1, q.shape[-2]), operands.bias,
+        operands.attn_mask, operands.learnable_sink, None if ids[0] is None else ids,
+        scalars.dropout_p, operands.rng_state,
+    )  # fmt: skip
+    sequences = list(_sequences(q, k, v, seqs))
+    longest_q = max((len(x.q) for x in sequences), default=0) if call.varlen else q.shape[1]
+    longest_k = max((len(x.k) for x in sequences), default=0) if call.varlen else call.seqlen_k
+    seqlen_q, seqlen_k = (-(-max(x) // 128) * 128 for x in (
+        (seqs.max_seqlen_q, longest_q), (seqs.max_seqlen_k, longest_k)))  # fmt: skip
+    signed = q.new_zeros((call.batch, q.shape[-2], seqlen_q, seqlen_k))
+    for sequence in sequences:
+        p, _ = _probabilities(sequence, variant, _at_least_fp32(q.dtype))
+        keep = _keep(sequence, variant, p.shape)
+        signed[sequence.batch, :, : p.shape[1], : p.shape[2]] = torch.where(keep, p, -p)
+    return signed
+
+
+def _at_least_fp32(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _locate(
+    batch: int, slot: int, cache: Tensor, block_table: Tensor | None, batch_idx: Tensor | None
+) -> tuple[int, int]:
+    """The first two indices of a cached token: (page or row, slot in it)."""
+    if block_table is not None:
+        page_size = cache.shape[1]
+        return int(block_table[batch, slot // page_size]), slot % page_size
+    return (batch if batch_idx is None else int(batch_idx[batch])), slot
+
+
+def _sequences(q: Tensor, k: Tensor, v: Tensor, seqs: Sequences) -> Iterator[_Sequence]:
+    """Cut a call into its sequences."""
+    cu_q, cu_k, table, rows = (
+        seqs.cu_seqlens_q, seqs.cu_seqlens_k, seqs.block_table, seqs.cache_batch_idx,
+    )  # fmt: skip
+    for b in range(q.shape[0] if cu_q is None else len(cu_q) - 1):
+        q_start, q_stop = (0, q.shape[1]) if cu_q is None else _span(cu_q, b)
+        if seqs.seqused_q is not None:
+            q_stop = q_start + int(seqs.seqused_q[b])
+        k_start, k_stop = (0, k.shape[1]) if cu_k is None else _span(cu_k, b)
+        if table is not None:
+            k_start, k_stop = 0, k_stop - k_start
+        if seqs.seqused_k is not None:
+            k_stop = k_start + int(seqs.seqused_k[b])
+        pad = 0 if seqs.cache_leftpad is None else int(seqs.cache_leftpad[b])
+        slots = range(k_start + pad, max(k_stop, k_start + pad))
+        if table is not None:
+            at = [_locate(b, slot, k, table, rows) for slot in slots]
+            pages = torch.tensor([page for page, _ in at], dtype=torch.long, device=k.device)
+            inside = torch.tensor([slot for _, slot in at], dtype=torch.long, device=k.device)
+            keys, values = k[pages, inside], v[pages, inside]
+        else:
+            row = b if rows is None else int(rows[b])
+            keys, values = (x[row] if k.dim() == 4 else x for x in (k, v))
+            keys, values = (x[slots.start : slots.stop] for x in (keys, values))
+        queries = (q[b] if cu_q is None else q)[q_start:q_stop]
+        yield _Sequence(b, queries, keys, values, q_start, slots.start, pad)
+
+
+def _span(cu_seqlens: Tensor, b: int) -> tuple[int, int]:
+    return int(cu_seqlens[b]), int(cu_seqlens[b + 1])
+
+
+def _attend(seq: _Sequence, variant: _Variant, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """One sequence: out (seqlen_q, heads, head_dim_v) and lse (seqlen_q, heads)."""
+    p, lse = _probabilities(seq, variant, dtype)
+    if variant.dropout_p > 0.0:
+        p = p * _keep(seq, variant, p.shape).to(p.dtype) / (1.0 - variant.dropout_p)
+    group = seq.q.shape[1] // seq.k.shape[1]
+    v = seq.v.to(dtype).repeat_interleave(group, dim=1)
+    return torch.einsum("hqk,khd->qhd", p, v), lse.T
+
+
+def _probabilities(seq: _Sequence, variant: _Variant, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """softmax over keys (and the sink): p (heads, seqlen_q, seqlen_k), lse (heads, seqlen_q).
+
+    The softmax is taken in fp32 at least and rounded once, as torch.softmax does.
+    """
+    s = _scores(seq, variant, dtype).to(_at_least_fp32(dtype))
+    top = s.detach().amax(-1, keepdim=True) if s.shape[-1] else s.new_full((*s.shape[:2], 1), -1e38)
+    sink = None if variant.sink is None else variant.sink.to(s.dtype)[:, None, None]
+    if sink is not None:
+        top = torch.maximum(top, sink.detach())
+    top = top.clamp_min(torch.finfo(top.dtype).min)
+    e = torch.exp(s - top)
+    total = e.sum(-1, keepdim=True)
+    if sink is not None:
+        total = total + torch.exp(sink - top)
+    some = total > 0
+    total = torch.where(some, total, 1.0)
+    lse = torch.where(some, top + torch.log(total), -math.inf)
+    return (e / total).to(dtype), lse.squeeze(-1)
+
+
+def _scores(seq: _Sequence, variant: _Variant, dtype: torch.dtype) -> Tensor:
+    """Scores after every mod and mask: (heads, seqlen_q, seqlen_k), -inf where not seen."""
+    group = seq.q.shape[1] // seq.k.shape[1]
+    k = seq.k.to(dtype).repeat_interleave(group, dim=1)
+    s = torch.einsum("qhd,khd->hqk", seq.q.to(dtype) * variant.scale, k)
+    seqlen_q, seqlen_k = s.shape[1:]
+    q_idx = torch.arange(seqlen_q, device=s.device)[:, None]
+    k_idx = torch.arange(seqlen_k, device=s.device)[None, :]
+    distance = k_idx - (q_idx + seqlen_k - seqlen_q)  # 0 on the bottom-right diagonal
+    if variant.softcap > 0.0:
+        s = variant.softcap * torch.tanh(s / variant.softcap)
+    if variant.alibi_slopes is not None:
+        slopes = variant.alibi_slopes[seq.batch % len(variant.alibi_slopes)].to(dtype)
+        s = s - slopes[:, None, None] * distance.abs()
+    if variant.bias is not None:
+        s = s + _window_of(variant.bias, seq, seqlen_q, seqlen_k).to(dtype)
+    visible = torch.ones_like(distance, dtype=torch.bool)
+    if variant.left >= 0:
+        visible = visible & (distance >= -variant.left)
+    if variant.right >= 0:
+        visible = visible & (distance <= variant.right)
+    if variant.documents is not None:
+        visible = visible & _same_document(seq, variant.documents)
+    if variant.attn_mask is not None:
+        mask = _window_of(variant.attn_mask, seq, seqlen_q, seqlen_k)
+        if mask.dtype == torch.bool:
+            visible = visible & mask
+        else:
+            s = s + mask.to(dtype)
+    return torch.where(visible, s, -math.inf)
+
+
+def _window_of(x: Tensor, seq: _Sequence, seqlen_q: int, seqlen_k: int) -> Tensor:
+    """The part of a broadcastable (batch, heads, seqlen_q, seqlen_k) tensor for one sequence."""
+    x = x.reshape((1,) * (4 - x.dim()) + tuple(x.shape))
+    x = x[seq.batch % x.shape[0]][..., seq.k_slot : seq.k_slot + seqlen_k]
+    return x if x.shape[-2] == 1 else x[:, :seqlen_q]
+
+
+def _same_document(seq: _Sequence, documents: tuple[Tensor, Tensor]) -> Tensor:
+    q_ids, k_ids = (ids if ids.dim() == 1 else ids[seq.batch] for ids in documents)
+    q_ids = q_ids[seq.q_start : seq.q_start + len(seq.q)]
+    k_ids = k_ids[seq.k_start : seq.k_start + len(seq.k)]
+    return q_ids[:, None] == k_ids[None, :]
+
+
+def _keep(seq: _Sequence, variant: _Variant, shape: torch.Size) -> Tensor:
+    """The dropout mask of one sequence, True where kept: (heads, seqlen_q, seqlen_k)."""
+    if variant.rng_state is None:
+        raise ValueError("rng_state is None; dropout_p > 0 needs the (seed, offset) of its mask")
+    heads, seqlen_q, seqlen_k = shape
+    at = [torch.arange(n, device=variant.rng_state.device) for n in (heads, seqlen_q, seqlen_k)]
+    head = (seq.batch * heads + at[0])[:, None, None]
+    return keep_mask(variant.rng_state, variant.dropout_p, head, at[1][:, None], at[2])

@@ -1,0 +1,139 @@
+"""Checks of values that live on a device: lengths, offsets, page tables.
+
+On the CPU they always run; on an accelerator only with `flashtile.config.checked`, since reading
+them is a host sync. They run before anything is written.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from flashtile import config
+from flashtile.backends.cache import NewTokens
+from flashtile.problem import UNBOUNDED, Call
+
+
+def _reads(x: Tensor) -> bool:
+    return x.device.type == "cpu" or config.checked
+
+
+def check(call: Call) -> None:
+    """Lengths and tables of a call that only reads."""
+    if not _reads(call.operands.q):
+        return
+    seqs, operands = call.sequences, call.operands
+    _check_offsets("cu_seqlens_q", seqs.cu_seqlens_q, operands.q.shape[0])
+    paged = seqs.block_table is not None
+    _check_offsets("cu_seqlens_k", seqs.cu_seqlens_k, None if paged else operands.k.shape[0])
+    _check_longest("max_seqlen_q", seqs.max_seqlen_q, seqs.cu_seqlens_q)
+    _check_longest("max_seqlen_k", seqs.max_seqlen_k, seqs.cu_seqlens_k)
+    _check_used("seqused_q", seqs.seqused_q, seqs.cu_seqlens_q, call.seqlen_q)
+    room = seqs.cu_seqlens_k if not paged else None
+    name = "seqused_k" if call.varlen else "cache_seqlens"
+    _check_used(name, seqs.seqused_k, room, call.seqlen_k, "block_table" if paged else "k")
+    _check_used("cache_leftpad", seqs.cache_leftpad, None, call.seqlen_k)
+    _check_rows(call)
+    if paged:
+        lengths = seqs.seqused_k
+        if lengths is None and seqs.cu_seqlens_k is not None:
+            lengths = seqs.cu_seqlens_k.diff()
+            if (longest := _largest(lengths)) > call.seqlen_k:
+                raise ValueError(
+                    f"cu_seqlens_k has a sequence of {longest} keys; block_table holds at most "
+                    f"{call.seqlen_k} a row"
+                )
+        _check_pages(call, lengths)
+
+
+def check_append(call: Call, new: NewTokens) -> None:
+    """Lengths and tables of a call that appends: nothing has been written yet."""
+    if not _reads(call.operands.q):
+        return
+    lengths, capacity, seqlen_new = call.sequences.seqused_k, call.seqlen_k, new.k.shape[1]
+    if lengths is None or lengths.numel() == 0:
+        return
+    if int(lengths.min()) < 0:
+        raise ValueError(f"cache_seqlens holds {int(lengths.min())}; lengths are at least 0")
+    if (after := _largest(lengths) + seqlen_new) > capacity:
+        where = "block_table" if call.sequences.block_table is not None else "k_cache"
+        raise ValueError(
+            f"cache_seqlens plus {seqlen_new} new tokens reaches {after}; {where} holds {capacity}"
+        )
+    if new.rotary_cos is not None:
+        last = _largest(lengths) + max(seqlen_new, call.operands.q.shape[1])
+        if last > new.rotary_cos.shape[0]:
+            raise ValueError(
+                f"rotary_cos has {new.rotary_cos.shape[0]} positions; cache_seqlens plus the new "
+                f"tokens needs {last}"
+            )
+    _check_rows(call)
+    _check_pages(call, lengths + seqlen_new)
+
+
+def _largest(x: Tensor) -> int:
+    return int(x.max()) if x.numel() else 0
+
+
+def _check_offsets(name: str, cu_seqlens: Tensor | None, total: int | None) -> None:
+    if cu_seqlens is None:
+        return
+    if int(cu_seqlens[0]) != 0:
+        raise ValueError(f"{name} starts at {int(cu_seqlens[0])}; it must start at 0")
+    steps = cu_seqlens.diff()
+    if steps.numel() and int(steps.min()) < 0:
+        at = int(steps.argmin())
+        raise ValueError(f"{name} decreases after entry {at}: {cu_seqlens.tolist()[at : at + 2]}")
+    if total is not None and int(cu_seqlens[-1]) > total:
+        raise ValueError(f"{name} ends at {int(cu_seqlens[-1])}; there are {total} tokens")
+
+
+def _check_longest(name: str, longest: int, cu_seqlens: Tensor | None) -> None:
+    if cu_seqlens is None or longest == UNBOUNDED or cu_seqlens.numel() < 2:
+        return
+    actual = _largest(cu_seqlens.diff())
+    if actual > longest:
+        raise ValueError(f"{name} is {longest}; the longest sequence has {actual} tokens")
+
+
+def _check_used(
+    name: str,
+    used: Tensor | None,
+    cu_seqlens: Tensor | None,
+    capacity: int,
+    holder: str = "the sequence",
+) -> None:
+    if used is None or used.numel() == 0:
+        return
+    room = cu_seqlens.diff() if cu_seqlens is not None else used.new_full(used.shape, capacity)
+    wrong = (used < 0) | (used > room)
+    if bool(wrong.any()):
+        at = int(wrong.long().argmax())
+        raise ValueError(
+            f"{name}[{at}] is {int(used[at])}; it must be in [0, {int(room[at])}], "
+            f"what {holder} holds"
+        )
+
+
+def _check_rows(call: Call) -> None:
+    rows = call.sequences.cache_batch_idx
+    if rows is not None and rows.numel():
+        low, high, count = int(rows.min()), int(rows.max()), call.operands.k.shape[0]
+        if low < 0 or high >= count:
+            wrong = low if low < 0 else high
+            raise ValueError(f"cache_batch_idx holds {wrong}; the cache has {count} rows")
+
+
+def _check_pages(call: Call, lengths: Tensor | None) -> None:
+    """Page numbers in use; entries past the last page of a row are never read."""
+    table = call.sequences.block_table
+    if table is None:
+        return
+    pages, page_size = call.operands.k.shape[:2]
+    in_use = torch.ones_like(table, dtype=torch.bool)
+    if lengths is not None:
+        columns = torch.arange(table.shape[1], device=table.device)
+        in_use = columns < -(-lengths[:, None] // page_size)
+    wrong = ((table < 0) | (table >= pages)) & in_use
+    if bool(wrong.any()):
+        raise ValueError(f"block_table holds page {int(table[wrong][0])}; the pool has {pages}")
