@@ -106,9 +106,9 @@ def flash_attn_with_kvcache(
 
 
 def _lengths(cache_seqlens: int | Tensor | None, q: Tensor) -> Tensor | None:
-    if isinstance(cache_seqlens, int):
-        return torch.full((q.shape[0],), cache_seqlens, dtype=torch.int32, device=q.device)
-    return cache_seqlens
+    if cache_seqlens is None or isinstance(cache_seqlens, Tensor):
+        return cache_seqlens
+    return torch.full((q.shape[0],), cache_seqlens, dtype=torch.int32, device=q.device)
 
 
 def _check_append(
@@ -129,7 +129,7 @@ def _check_append(
     if cache_seqlens is None:
         raise ValueError("cache_seqlens is None; appending needs to know where to write")
     assert k is not None
-    if isinstance(cache_seqlens, int) and cache_seqlens + k.shape[1] > call.seqlen_k:
+    if not isinstance(cache_seqlens, Tensor) and cache_seqlens + k.shape[1] > call.seqlen_k:
         raise ValueError(
             f"cache_seqlens is {cache_seqlens} with {k.shape[1]} new tokens; "
             f"the cache holds {call.seqlen_k}"
