@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo.testing
 from torch import Tensor
 
 import flashtile
@@ -249,17 +250,25 @@ def test_vmap(dim: int) -> None:
 
 @pytest.mark.parametrize("transform", ["grad", "jvp"])
 def test_functorch_derivatives_say_no(transform: str) -> None:
-    """torch.library's autograd has no functorch transforms; the error must be torch's clear one."""
+    """torch.library's autograd has neither: an error, never a silent zero."""
     q, k, v = _qkv(9, grad=False)
 
     def loss(q: Tensor) -> Tensor:
         return flashtile.flash_attn_func(q, k, v, causal=True).square().sum()
 
-    with pytest.raises((RuntimeError, NotImplementedError), match="functorch|forward-mode|jvp"):
+    with pytest.raises((RuntimeError, NotImplementedError), match="functorch|forward-mode"):
         if transform == "grad":
             torch.func.grad(loss)(q)
         else:
             torch.func.jvp(loss, (q,), (q,))
+
+
+def test_forward_mode_says_no() -> None:
+    q, k, v = _qkv(9, grad=False)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(k, torch.randn_like(k))
+        with pytest.raises(NotImplementedError, match="k has a forward-mode tangent"):
+            flashtile.flash_attn_func(q, dual, v)
 
 
 def test_fake_tensors_of_a_gpu_that_is_not_there() -> None:

@@ -192,7 +192,7 @@ def window_sides(window_size: tuple[int | None, int | None], causal: bool) -> tu
 
 def scale_or_default(softmax_scale: float | None, q: Tensor) -> float:
     """softmax_scale, or 1/sqrt(head_dim)."""
-    return float(q.shape[-1]) ** -0.5 if softmax_scale is None else float(softmax_scale)
+    return float(max(1, q.shape[-1])) ** -0.5 if softmax_scale is None else float(softmax_scale)
 
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

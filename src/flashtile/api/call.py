@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from flashtile import checks, ops, reference
 from flashtile.problem import (
@@ -75,6 +76,7 @@ def attend(
     """Run a call: out, (out, lse), or (out, lse, S_dmask)."""
     if out is not None:
         checks.check_out(out, call)
+    _refuse_forward_mode(call)
     result, lse = ops.forward(*call.flat())
     result = result if out is None else out.copy_(result)
     if return_attn_probs:
@@ -92,6 +94,18 @@ def signed_probabilities(call: Call) -> Tensor:
         return call.operands.q.new_empty((0,))
     with torch.no_grad():
         return reference.signed_probabilities(call)
+
+
+def _refuse_forward_mode(call: Call) -> None:
+    """torch.library's operators drop tangents in silence; raise instead of returning zeros."""
+    if forward_ad._current_level < 0:
+        return
+    for name, x in zip(call.operands._fields, call.operands, strict=True):
+        if x is not None and forward_ad.unpack_dual(x).tangent is not None:
+            raise NotImplementedError(
+                f"{name} has a forward-mode tangent; flashtile has no jvp. "
+                "flashtile.reference.attention has."
+            )
 
 
 def _unit_stride(x: Tensor) -> Tensor:

@@ -1,0 +1,60 @@
+"""flash_attn_combine: attention over parts merges into attention over the whole."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from flashtile import flash_attn_combine, flash_attn_func
+
+
+def _parts(splits: int, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, ...]:
+    q, k, v = (torch.randn(2, n, 4, 16, dtype=dtype) for n in (7, 60, 60))
+    cuts = [round(60 * i / splits) for i in range(splits + 1)]
+    outs, lses = [], []
+    for lo, hi in zip(cuts, cuts[1:], strict=False):
+        out, lse = flash_attn_func(q, k[:, lo:hi], v[:, lo:hi], return_lse=True)
+        outs.append(out.float())
+        lses.append(lse.transpose(1, 2))
+    whole, lse = flash_attn_func(q, k, v, return_lse=True)
+    return torch.stack(outs), torch.stack(lses), whole, lse.transpose(1, 2)
+
+
+@pytest.mark.parametrize("splits", [1, 2, 3, 13, 33])
+def test_parts_merge_into_the_whole(splits: int) -> None:
+    outs, lses, whole, lse = _parts(splits)
+    found, found_lse = flash_attn_combine(outs, lses)
+    torch.testing.assert_close(found, whole)
+    torch.testing.assert_close(found_lse, lse)
+
+
+def test_empty_parts_weigh_nothing() -> None:
+    outs, lses, whole, lse = _parts(2)
+    nothing = torch.full_like(outs[:1], 0.0)
+    none = torch.full_like(lses[:1], -math.inf)
+    found, found_lse = flash_attn_combine(torch.cat((nothing, outs)), torch.cat((none, lses)))
+    torch.testing.assert_close(found, whole)
+    torch.testing.assert_close(found_lse, lse)
+    both, both_lse = flash_attn_combine(torch.cat((nothing,) * 2), torch.cat((none,) * 2))
+    assert both.eq(0).all()
+    assert both_lse.eq(-math.inf).all()
+
+
+def test_dtype_and_out() -> None:
+    outs, lses, whole, _ = _parts(3)
+    half, _ = flash_attn_combine(outs, lses, out_dtype=torch.bfloat16)
+    assert half.dtype == torch.bfloat16
+    torch.testing.assert_close(half, whole.to(torch.bfloat16))
+    out = torch.full_like(whole, math.nan)
+    found, _ = flash_attn_combine(outs, lses, out)
+    assert found is out
+    torch.testing.assert_close(out, whole)
+
+
+def test_gradients() -> None:
+    outs, lses, _, _ = _parts(3)
+    outs, lses = outs[..., :2].double().requires_grad_(), lses.double().requires_grad_()
+    small = (outs[:, :1, :2, :2], lses[:, :1, :2, :2])
+    assert torch.autograd.gradcheck(lambda *x: flash_attn_combine(*x), small)

@@ -1,0 +1,83 @@
+"""The plan is a pure function of metadata: choices, reasons, and counts by brute force."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from flashtile import explain
+from flashtile.plan import BLOCK_ELEMENTS, Device, backends, plan, visible_pairs
+from flashtile.problem import AttentionProblem
+
+CPU = Device("cpu")
+LLAMA = AttentionProblem("cpu", "float32", 1, 4096, 4096, 32, 8, 128, 128, window_right=0)
+
+
+@pytest.mark.parametrize(("seqlen_q", "seqlen_k"), [(1, 1), (5, 9), (9, 5), (12, 12), (1, 30)])
+@pytest.mark.parametrize("left", [-1, 0, 2, 50])
+@pytest.mark.parametrize("right", [-1, 0, 3, 50])
+def test_visible_pairs_by_counting(seqlen_q: int, seqlen_k: int, left: int, right: int) -> None:
+    problem = replace(
+        LLAMA, seqlen_q=seqlen_q, seqlen_k=seqlen_k, window_left=left, window_right=right
+    )
+    count = 0
+    for i in range(seqlen_q):
+        for j in range(seqlen_k):
+            distance = j - (i + seqlen_k - seqlen_q)
+            count += (left == -1 or distance >= -left) and (right == -1 or distance <= right)
+    assert visible_pairs(problem) == count
+
+
+def test_flops_and_bytes_of_a_llama_layer() -> None:
+    chosen = plan(LLAMA, CPU)
+    pairs = 4096 * 4097 // 2 * 32
+    assert chosen.flops_forward == 4 * pairs * 128
+    assert chosen.flops_backward == 10 * pairs * 128
+    tokens = 4 * 4096 * 128 * (32 + 8 + 8 + 32)
+    assert chosen.bytes_forward == tokens + 4 * 4096 * 32
+
+
+def test_blocks_stay_within_their_bound() -> None:
+    for batch, seqlen_q, heads in ((1, 1, 1), (64, 1, 32), (1, 8192, 8), (256, 77, 4), (2, 300, 128)):
+        problem = replace(LLAMA, batch=batch, seqlen_q=seqlen_q, heads=heads, kv_heads=heads)
+        tile = plan(problem, CPU).tile
+        elements = tile.batches * heads * tile.block_q * tile.block_k
+        assert tile.block_q <= seqlen_q
+        assert tile.batches == 1 or elements <= BLOCK_ELEMENTS
+
+
+@pytest.mark.parametrize(
+    ("device", "name", "reason"),
+    [
+        (CPU, "hopper", "needs an NVIDIA Hopper GPU (sm_90), the tensors are on cpu"),
+        (CPU, "triton", "needs a GPU that Triton compiles for, the tensors are on cpu"),
+        (Device("cuda", "sm_80", True), "hopper", "(sm_90), the tensors are on sm_80"),
+        (Device("cuda", "sm_90", False), "hopper", "needs triton, which is not installed"),
+        (Device("cuda", "sm_90", True), "triton", "not part of this version"),
+        (Device("mps"), "triton", "the tensors are on mps"),
+    ],
+)
+def test_reasons(device: Device, name: str, reason: str) -> None:
+    assert reason in (dict(backends(device))[name] or "")
+    assert reason in dict(plan(LLAMA, device).passed_over)[name]
+
+
+def test_explanation_names_the_choice_and_what_was_passed_over() -> None:
+    q, k = torch.randn(2, 100, 8, 64), torch.randn(2, 300, 2, 64)
+    text = str(explain(q, k, k, causal=True, softcap=3.0, window_size=(128, 0)))
+    for part in ("100 queries x 300 keys", "8 query, 2 KV", "float32 on cpu", "softcap", "torch",
+                 "128 to the left", "not hopper", "not triton"):  # fmt: skip
+        assert part in text
+    cu = torch.tensor([0, 40, 100], dtype=torch.int32)
+    packed = q[0], q[0], q[0]
+    text = str(explain(*packed, cu_seqlens_q=cu, cu_seqlens_k=cu))
+    assert "batch 2" in text
+    assert "varlen" in text
+
+
+def test_explaining_validates_like_the_call() -> None:
+    q = torch.randn(1, 4, 2, 8)
+    with pytest.raises(ValueError, match=r"dropout_p is 2.0; it must be in \[0, 1\)"):
+        explain(q, q, q, dropout_p=2.0)
