@@ -8,16 +8,16 @@ import pytest
 import torch
 import torch._dynamo.testing
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import flashtile
 from flashtile.api import normalise
+from flashtile.backends import torch as backend
 from flashtile.testing import CASES, Case
 
 
 def _qkv(seqlen: int = 33, grad: bool = True, dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    return [
-        torch.randn(2, seqlen, h, 16, dtype=dtype).requires_grad_(grad) for h in (4, 2, 2)
-    ]
+    return [torch.randn(2, seqlen, h, 16, dtype=dtype).requires_grad_(grad) for h in (4, 2, 2)]
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -172,12 +172,12 @@ def test_dropout_compiles_and_is_replayed_in_backward() -> None:
 
 @pytest.mark.parametrize("wanted", ["q", "k", "v", "qk", "kv", "bias", "sink", "qsink", ""])
 def test_only_the_gradients_asked_for(wanted: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from flashtile.backends import torch as backend
-
     asked: list[tuple[bool, ...]] = []
     original = backend.backward
     monkeypatch.setattr(
-        backend, "backward", lambda *a: asked.append(a[-1]) or original(*a)  # type: ignore[func-returns-value]
+        backend,
+        "backward",
+        lambda *a: asked.append(a[-1]) or original(*a),  # type: ignore[func-returns-value]
     )
     names = ("q", "k", "v", "bias", "sink")
     picked = ("bias" in wanted, "sink" in wanted)
@@ -256,7 +256,7 @@ def test_functorch_derivatives_say_no(transform: str) -> None:
     def loss(q: Tensor) -> Tensor:
         return flashtile.flash_attn_func(q, k, v, causal=True).square().sum()
 
-    with pytest.raises((RuntimeError, NotImplementedError), match="functorch|forward-mode"):
+    with pytest.raises((RuntimeError, NotImplementedError), match=r"functorch|forward-mode"):
         if transform == "grad":
             torch.func.grad(loss)(q)
         else:
@@ -272,8 +272,6 @@ def test_forward_mode_says_no() -> None:
 
 
 def test_fake_tensors_of_a_gpu_that_is_not_there() -> None:
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
     with FakeTensorMode():
         q = torch.empty(2, 33, 4, 16, device="cuda", dtype=torch.bfloat16)
         out, lse = torch.ops.flashtile.forward.default(*normalise(q, q, q).flat())

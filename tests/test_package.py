@@ -42,10 +42,14 @@ def _imports(path: Path) -> list[str]:
     for node in ast.parse(path.read_text()).body:
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("flashtile"):
             submodules = [f"{node.module}.{alias.name}" for alias in node.names]
-            is_module = [(SOURCE.parent / (m.replace(".", "/") + ".py")).exists()
-                         or (SOURCE.parent / m.replace(".", "/")).is_dir() for m in submodules]
-            found += [m if yes else str(node.module)
-                      for m, yes in zip(submodules, is_module, strict=True)]
+            is_module = [
+                (SOURCE.parent / (m.replace(".", "/") + ".py")).exists()
+                or (SOURCE.parent / m.replace(".", "/")).is_dir()
+                for m in submodules
+            ]
+            found += [
+                m if yes else str(node.module) for m, yes in zip(submodules, is_module, strict=True)
+            ]
         elif isinstance(node, ast.Import):
             found += [alias.name for alias in node.names if alias.name.startswith("flashtile")]
     return found
@@ -94,7 +98,8 @@ import flashtile
 took = time.perf_counter() - start
 new = set(sys.modules) - loaded
 heavy = ("triton", "matplotlib", "typer", "rich", "numpy", "torch._dynamo", "torch._inductor")
-print(took, torch.cuda.is_initialized(), [m for m in new if m in heavy or m.startswith("flash_attn")])
+heavy = [m for m in new if m in heavy or m.startswith("flash_attn")]
+print(took, torch.cuda.is_initialized(), heavy)
 """
 
 

@@ -40,7 +40,13 @@ def test_flops_and_bytes_of_a_llama_layer() -> None:
 
 
 def test_blocks_stay_within_their_bound() -> None:
-    for batch, seqlen_q, heads in ((1, 1, 1), (64, 1, 32), (1, 8192, 8), (256, 77, 4), (2, 300, 128)):
+    for batch, seqlen_q, heads in (
+        (1, 1, 1),
+        (64, 1, 32),
+        (1, 8192, 8),
+        (256, 77, 4),
+        (2, 300, 128),
+    ):
         problem = replace(LLAMA, batch=batch, seqlen_q=seqlen_q, heads=heads, kv_heads=heads)
         tile = plan(problem, CPU).tile
         elements = tile.batches * heads * tile.block_q * tile.block_k

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from flashtile.mods import Dropout, Tile
-from flashtile.random import drop_threshold, draw_rng_state, keep_mask, philox
+from flashtile.random import draw_rng_state, drop_threshold, keep_mask, philox
 
 
 def _words(*values: int) -> tuple[torch.Tensor, ...]:
@@ -53,7 +53,8 @@ def test_neighbours_are_independent() -> None:
 
 
 @pytest.mark.parametrize(
-    ("row", "rows", "col", "cols"), [(0, 64, 0, 64), (3, 50, 21, 33), (16, 16, 32, 16), (63, 1, 7, 1)]
+    ("row", "rows", "col", "cols"),
+    [(0, 64, 0, 64), (3, 50, 21, 33), (16, 16, 32, 16), (63, 1, 7, 1)],
 )
 def test_any_tile_draws_the_same_mask(row: int, rows: int, col: int, cols: int) -> None:
     state, p = torch.tensor([99, 3]), 0.3

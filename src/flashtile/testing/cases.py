@@ -39,9 +39,7 @@ class Case:
     def __str__(self) -> str:
         return self.name
 
-    def draw(
-        self, seed: int, dtype: torch.dtype = torch.float32, device: str = "cpu"
-    ) -> Problem:
+    def draw(self, seed: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Problem:
         """Random tensors for the case: the same for the same seed, on any device."""
         g = torch.Generator().manual_seed(seed)
         d, dv = self.head_dim, self.head_dim_v or self.head_dim
@@ -65,16 +63,12 @@ class Case:
             (tensors if name in ("bias", "learnable_sink") else keywords)[name] = x
         place = {"device": device}
         tensors = {n: x.to(dtype=dtype, **place) for n, x in tensors.items()}
-        keywords = {
-            n: x.to(**place) if isinstance(x, Tensor) else x for n, x in keywords.items()
-        }
+        keywords = {n: x.to(**place) if isinstance(x, Tensor) else x for n, x in keywords.items()}
         return Problem(tensors, keywords, bool(self.lengths))
 
     def _packing(self, g: torch.Generator) -> dict[str, Any]:
         columns = zip(*self.lengths, strict=True)
-        cu_q, cu_k = (
-            torch.tensor([0, *n]).cumsum(0).to(torch.int32) for n in columns
-        )
+        cu_q, cu_k = (torch.tensor([0, *n]).cumsum(0).to(torch.int32) for n in columns)
         packing: dict[str, Any] = {"cu_seqlens_q": cu_q, "cu_seqlens_k": cu_k}
         if self.page_size:
             per_row = max(-(-n // self.page_size) for _, n in self.lengths) + 1

@@ -1,0 +1,41 @@
+"""The benchmark driver: `python benchmarks/run.py speed memory` writes JSON, `report` the README.
+
+Every cell passes a correctness check before it is timed; providers are timed in turns.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import cpu
+import memory
+import report
+import typer
+from measure import write
+from rich import print as show
+
+
+def main(
+    suites: Annotated[list[str], typer.Argument(help="speed, memory, report")],
+    rounds: Annotated[int, typer.Option(help="timed rounds of a cell")] = 7,
+) -> None:
+    """Run benchmark suites."""
+    for suite in suites:
+        if suite == "speed":
+            rows = cpu.run(rounds)
+            for row in rows:
+                show(
+                    f"{row['dtype']:>9} {row['seqlen']:>6} {row['feature']:<12} "
+                    f"{row['flashtile']['median_ms']:9.1f} ms  {row['speedup']:6.2f}x {row['peer']}"
+                )
+            show(write("speed", rows))
+        elif suite == "memory":
+            show(write("memory", memory.run()))
+        elif suite == "report":
+            report.README.write_text(report.fill(report.README.read_text()))
+        else:
+            raise typer.BadParameter(f"{suite!r} is none of speed, memory, report")
+
+
+if __name__ == "__main__":
+    typer.run(main)
