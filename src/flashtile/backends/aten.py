@@ -8,16 +8,12 @@ alignments agree.
 from __future__ import annotations
 
 from functools import cache
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from flashtile.backends.segments import Segment
+from flashtile.backends.segments import Segment, is_ragged
 from flashtile.problem import UNBOUNDED, Call
-
-if TYPE_CHECKING:
-    from flashtile.backends.torch import Gradients
 
 
 def can(call: Call, segment: Segment) -> bool:
@@ -37,24 +33,32 @@ def can(call: Call, segment: Segment) -> bool:
     )
 
 
+def whole(call: Call) -> Segment | None:
+    """The call as one segment, if that is all it is and the kernel can do it."""
+    q, k = call.operands.q, call.operands.k
+    if is_ragged(call):
+        return None
+    segment = Segment(0, call.batch, q.shape[1], k.shape[1])
+    return segment if can(call, segment) else None
+
+
 def _causal_square(right: int, segment: Segment) -> bool:
     return right == 0 and segment.seqlen_q == segment.seqlen_k
 
 
-def forward(call: Call, segment: Segment, out: Tensor, lse: Tensor) -> None:
-    """Write the segment's rows of out and lse."""
+def attend(call: Call, segment: Segment) -> tuple[Tensor, Tensor]:
+    """The segment's out (batches, seqlen_q, heads, head_dim) and lse (batches, heads, seqlen_q)."""
     q, k, v = _heads_first(call, segment)
-    o, row_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         q, k, v, 0.0, call.variant.window_right == 0, scale=call.variant.softmax_scale
     )
-    segment.q_rows(out, 0, segment.seqlen_q).copy_(o.transpose(1, 2))
-    segment.lse_rows(lse, 0, segment.seqlen_q).copy_(row_lse)
+    return out.transpose(1, 2), lse
 
 
-def backward(
-    call: Call, segment: Segment, dout: Tensor, out: Tensor, lse: Tensor, grads: Gradients
-) -> None:
-    """Add the segment's share to the gradients of q, k and v.
+def gradients(
+    call: Call, segment: Segment, dout: Tensor, out: Tensor, lse: Tensor
+) -> tuple[Tensor, ...]:
+    """The segment's dq, dk and dv, (batches, seqlen, heads, head_dim).
 
     Without matrix instructions for 16-bit types the kernel's backward is ten times slower in
     bf16 than in fp32 (1,323 against 133 ms, 8 heads x 64, 2,048 causal tokens, AVX2), so it then
@@ -67,15 +71,11 @@ def backward(
     do, o = (segment.q_rows(x, 0, segment.seqlen_q).transpose(1, 2).to(dtype) for x in (dout, out))
     if do.stride(-1) != 1:
         do = do.contiguous()
-    dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+    found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
         do, q, k, v, o, segment.lse_rows(lse, 0, segment.seqlen_q), 0.0,
         call.variant.window_right == 0, scale=call.variant.softmax_scale,
     )  # fmt: skip
-    if grads.q is not None:
-        segment.q_rows(grads.q, 0, segment.seqlen_q).add_(dq.transpose(1, 2))
-    for grad, x in ((grads.k, dk), (grads.v, dv)):
-        if grad is not None:
-            segment.add_k_rows(grad, 0, segment.seqlen_k, x.transpose(1, 2))
+    return tuple(x.transpose(1, 2) for x in found)
 
 
 def _heads_first(call: Call, segment: Segment) -> tuple[Tensor, Tensor, Tensor]:

@@ -84,14 +84,22 @@ class _Saved(NamedTuple):
 
 def forward(call: Call, plan: Plan) -> tuple[Tensor, Tensor]:
     """(out, lse) of a call; rows of no sequence and rows that see no key are 0 and -inf."""
+    if (segment := aten.whole(call)) is not None:
+        out, lse = aten.attend(call, segment)
+        return out.contiguous(), lse.contiguous()
     q, v = call.operands.q, call.operands.v
     dtype = _accumulator(q.dtype)
-    out = q.new_zeros((*q.shape[:-1], v.shape[-1]))
-    lse = q.new_full(call.lse_shape, -math.inf, dtype=dtype)
+    out = q.new_empty((*q.shape[:-1], v.shape[-1]))
+    lse = q.new_empty(call.lse_shape, dtype=dtype)
+    if call.varlen:  # rows of no sequence are not visited below
+        out.zero_()
+        lse.fill_(-math.inf)
     pieces = _compose(call, dtype)
     for segment in segments(call, plan.tile.batches):
         if aten.can(call, segment):
-            aten.forward(call, segment, out, lse)
+            o, row_lse = aten.attend(call, segment)
+            segment.q_rows(out, 0, segment.seqlen_q).copy_(o)
+            segment.lse_rows(lse, 0, segment.seqlen_q).copy_(row_lse)
             continue
         work = _Work(call, pieces, plan.tile, dtype, segment)
         for row in range(0, segment.seqlen_q, plan.tile.block_q):
@@ -111,26 +119,52 @@ def backward(
     """The gradients asked for: needs is (q, k, v, bias, learnable_sink)."""
     operands = call.operands
     wanted = (operands.q, operands.k, operands.v, operands.bias, operands.learnable_sink)
+    if dlse is None and (segment := aten.whole(call)) is not None:
+        found = aten.gradients(call, segment, dout, out, lse)
+        wide = Gradients(
+            *(g if n else None for g, n in zip((*found, None, None), needs, strict=True))
+        )
+        return _narrow(wide, wanted)
     dtype = _accumulator(operands.q.dtype)
     grads = Gradients(*(
         x.new_zeros(x.shape, dtype=dtype) if need and x is not None else None
         for x, need in zip(wanted, needs, strict=True)
     ))  # fmt: skip
-    delta = (dout.to(dtype) * out.to(dtype)).sum(-1).transpose(-1, -2)
-    saved = _Saved(dout, lse, delta if dlse is None else delta - dlse)
     pieces = _compose(call, dtype, grads.bias)
+    saved: _Saved | None = None
     for segment in segments(call, plan.tile.batches):
         if dlse is None and aten.can(call, segment):
-            aten.backward(call, segment, dout, out, lse, grads)
+            _add_gradients(segment, aten.gradients(call, segment, dout, out, lse), grads)
             continue
+        saved = saved or _remember(dout, dlse, out, lse)
         work = _Work(call, pieces, plan.tile, dtype, segment)
         for col in range(0, segment.seqlen_k, plan.tile.block_k):
             _backward_columns(work, col, saved, grads)
         if grads.learnable_sink is not None:
             _add_sink_gradient(work, saved, grads.learnable_sink)
+    return _narrow(grads, wanted)
+
+
+def _narrow(grads: Gradients, wanted: tuple[Tensor | None, ...]) -> Gradients:
+    """Gradients in their operands' dtypes, contiguous."""
     return Gradients(*(
-        g if g is None or x is None else g.to(x.dtype) for g, x in zip(grads, wanted, strict=True)
+        g if g is None or x is None else g.to(x.dtype).contiguous()
+        for g, x in zip(grads, wanted, strict=True)
     ))  # fmt: skip
+
+
+def _add_gradients(segment: Segment, found: tuple[Tensor, ...], grads: Gradients) -> None:
+    dq, dk, dv = found
+    if grads.q is not None:
+        segment.q_rows(grads.q, 0, segment.seqlen_q).copy_(dq)
+    for grad, x in ((grads.k, dk), (grads.v, dv)):
+        if grad is not None:
+            segment.add_k_rows(grad, 0, segment.seqlen_k, x)
+
+
+def _remember(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor) -> _Saved:
+    delta = (dout.to(lse.dtype) * out.to(lse.dtype)).sum(-1).transpose(-1, -2)
+    return _Saved(dout, lse, delta if dlse is None else delta - dlse)
 
 
 def _accumulator(dtype: torch.dtype) -> torch.dtype:
