@@ -80,6 +80,11 @@ class Call(NamedTuple):
         return self.sequences.cu_seqlens_q is not None
 
     @property
+    def banded(self) -> bool:
+        """Whether causality or a window bounds the keys that a query sees."""
+        return (self.variant.window_left, self.variant.window_right) != (UNBOUNDED, UNBOUNDED)
+
+    @property
     def batch(self) -> int:
         cu_seqlens_q = self.sequences.cu_seqlens_q
         return self.operands.q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1

@@ -61,7 +61,7 @@ def check_append(call: Call, new: NewTokens) -> None:
             f"cache_seqlens plus {seqlen_new} new tokens reaches {after}; {where} holds {capacity}"
         )
     if new.rotary_cos is not None:
-        last = _largest(lengths) + max(seqlen_new, call.operands.q.shape[1])
+        last = _largest(lengths) + max(seqlen_new, call.operands.q.shape[1] if call.banded else 1)
         if last > new.rotary_cos.shape[0]:
             raise ValueError(
                 f"rotary_cos has {new.rotary_cos.shape[0]} positions; cache_seqlens plus the new "

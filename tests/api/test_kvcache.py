@@ -99,6 +99,18 @@ def test_remapped_rows_and_leftpad(new: bool, leftpad: bool) -> None:
     _assert_same(q, [k_cache, v_cache], keywords)
 
 
+def test_queries_without_a_mask_need_one_rotary_position() -> None:
+    """They all stand at cache_seqlens: the tables need not reach past the appended keys."""
+    k_cache, v_cache, _ = _cache(0, BATCH, torch.float32)
+    q, k, v = (torch.randn(BATCH, n, h, DIM) for n, h in ((4, HEADS), (1, 2), (1, 2)))
+    angle = torch.rand(8, 8) * 6.28
+    keywords = {
+        "k": k, "v": v, "rotary_cos": angle.cos(), "rotary_sin": angle.sin(),
+        "cache_seqlens": _ints(0, 3, 7),
+    }  # fmt: skip
+    _assert_same(q, [k_cache, v_cache], keywords)
+
+
 def test_mask_is_indexed_by_slot() -> None:
     k_cache, v_cache, _ = _cache(0, BATCH, torch.float32)
     q = torch.randn(BATCH, 4, HEADS, DIM)

@@ -56,6 +56,8 @@ def test_band_bounds_and_elements(left: int, right: int, seqlen_q: int, seqlen_k
         seen &= distance >= -left
     if right >= 0:
         seen &= distance <= right
+    whole = band.visible(Tile(0, 1, 0, seqlen_q, 0, seqlen_k, seqlen_q, seqlen_k), torch.empty(0))
+    assert torch.equal(torch.ones_like(seen) if whole is None else whole, seen)
     for row in range(0, seqlen_q, 8):
         for col in range(0, seqlen_k, 8):
             rows, cols = min(8, seqlen_q - row), min(8, seqlen_k - col)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flashtile.problem import UNBOUNDED, Call
+from flashtile.problem import Call
 from flashtile.rotary import query_positions, rotate
 
 
@@ -31,8 +31,7 @@ def append(call: Call, new: NewTokens) -> Call:
     seqlen_new = k.shape[1]
     k_at = query_positions(lengths, seqlen_new, advance=True)
     if new.rotary_cos is not None and new.rotary_sin is not None:
-        banded = (variant.window_left, variant.window_right) != (UNBOUNDED, UNBOUNDED)
-        q_at = query_positions(lengths, q.shape[1], advance=banded)
+        q_at = query_positions(lengths, q.shape[1], advance=call.banded)
         q = rotate(q, new.rotary_cos, new.rotary_sin, q_at, new.rotary_interleaved)
         k = rotate(k, new.rotary_cos, new.rotary_sin, k_at, new.rotary_interleaved)
     pages, slots = _places(call, k_at)

@@ -47,8 +47,11 @@ class Band(NamedTuple):
         if self._full(tile):
             return None
         q, k = tile.q_idx(like.device)[:, None] + tile.offset, tile.k_idx(like.device)
-        seen = k <= q + (tile.seqlen_k if self.right == UNBOUNDED else self.right)
-        return seen if self.left == UNBOUNDED else seen.logical_and_(k >= q - self.left)
+        after = None if self.right == UNBOUNDED else k <= q + self.right
+        if self.left == UNBOUNDED:
+            return after
+        before = k >= q - self.left
+        return before if after is None else before.logical_and_(after)
 
 
 class Documents(NamedTuple):

@@ -110,6 +110,7 @@ CASES = (
     Case("narrow_values", head_dim=48, head_dim_v=8),
     Case("window", seqlen_k=90, features={"window_size": (11, 5)}),
     Case("window_left", features={"window_size": (7, -1)}),
+    Case("window_left_longer_queries", seqlen_q=37, seqlen_k=20, features={"window_size": (9, -1)}),
     Case("window_right", features={"window_size": (None, 3)}),
     Case("window_causal", seqlen_q=130, seqlen_k=130, features={"window_size": (16, 0)}),
     Case("window_none_visible", seqlen_q=90, seqlen_k=20, features={"window_size": (4, 4)}),
