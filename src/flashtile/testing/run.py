@@ -44,7 +44,8 @@ def run_reference(
     keywords = {n: x for n, x in problem.keywords.items() if not n.startswith("max_seqlen")}
     generator = torch.Generator(q.device).manual_seed(dropout_seed)
     state = draw_rng_state(q.device, generator) if keywords.get("dropout_p") else None
-    out, lse = reference.attention(**leaves, **keywords, rng_state=state, dtype=dtype)
+    arguments: dict[str, Any] = {**leaves, **keywords, "rng_state": state, "dtype": dtype}
+    out, lse = reference.attention(**arguments)
     return _backward(out, lse, leaves, cotangent_seed)
 
 
