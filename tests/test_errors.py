@@ -62,6 +62,23 @@ TYPE_ERRORS: list[tuple[Any, str]] = [
 ]
 
 VALUE_ERRORS: list[tuple[Any, str]] = [
+    (lambda: dense(v=V[..., :0]), "v has head_dim 0; it must be at least 1"),
+    (
+        lambda: strided_append(16),
+        "k_cache has strides (512, 32, 32, 2); to be appended to, its last",
+    ),
+    (
+        lambda: paged(TABLE, document_ids=(CU, CU)),
+        "document_ids and block_table are given; they ex",
+    ),
+    (
+        lambda: varlen(bias=torch.randn(1, 1, 9, 10)),
+        "bias has shape (1, 1, 9, 10); the longest seq",
+    ),
+    (
+        lambda: varlen(attn_mask=torch.randn(1, 1, 1, 9)),
+        "attn_mask has shape (1, 1, 1, 9); the long",
+    ),
     (lambda: dense(q=Q[0]), "q has shape (8, 4, 16); it must have 4 dimensions"),
     (lambda: dense(k=K[0]), "k has shape (8, 2, 16); it must have 4 dimensions"),
     (lambda: dense(v=V[:, :7]), "v has shape (2, 7, 2, 16); all but head_dim must be k's"),
@@ -191,6 +208,15 @@ def append(**keywords: Any) -> Any:
     finally:
         for x, y in zip(caches, before, strict=True):
             assert torch.equal(x, y)
+
+
+def strided_append(slots: int) -> Any:
+    """A cache whose last dimension is strided would be copied, and the copy appended to."""
+    wide = torch.randn(2, slots, 1, 16, 2)
+    q, new = Q[:, :3, :1], torch.randn(2, 3, 1, 16)
+    return flashtile.flash_attn_with_kvcache(
+        q, wide[..., 0], wide[..., 1], new, new, cache_seqlens=2
+    )
 
 
 def angles(positions: int, half: int) -> dict[str, Tensor]:

@@ -83,8 +83,9 @@ def _check_shapes(call: Call) -> None:
         )
     if q.shape[-1] != k.shape[-1]:
         raise ValueError(f"k has head_dim {k.shape[-1]}; q has {q.shape[-1]}")
-    if q.shape[-1] == 0:
-        raise ValueError("q has head_dim 0; it must be at least 1")
+    for name, x in (("q", q), ("v", v)):
+        if x.shape[-1] == 0:
+            raise ValueError(f"{name} has head_dim 0; it must be at least 1")
     remapped = paged or call.sequences.cache_batch_idx is not None
     if k_rank == 4 and not remapped and k.shape[0] != q.shape[0]:
         raise ValueError(f"k has batch {k.shape[0]}; q has {q.shape[0]}")
@@ -175,6 +176,8 @@ def _check_broadcastable(name: str, x: Tensor | None, call: Call) -> None:
 
 def _check_documents(call: Call) -> None:
     q, k = call.operands.q, call.operands.k
+    if call.operands.document_ids_q is not None and call.sequences.block_table is not None:
+        raise ValueError("document_ids and block_table are given; they exclude each other")
     for name, ids, tokens in (
         ("q", call.operands.document_ids_q, q.shape[:-2]),
         ("k", call.operands.document_ids_k, k.shape[:-2]),

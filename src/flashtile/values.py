@@ -28,6 +28,7 @@ def check(call: Call) -> None:
     _check_offsets("cu_seqlens_k", seqs.cu_seqlens_k, None if paged else operands.k.shape[0])
     _check_longest("max_seqlen_q", seqs.max_seqlen_q, seqs.cu_seqlens_q)
     _check_longest("max_seqlen_k", seqs.max_seqlen_k, seqs.cu_seqlens_k)
+    _check_masks(call)
     _check_used("seqused_q", seqs.seqused_q, seqs.cu_seqlens_q, call.seqlen_q)
     room = seqs.cu_seqlens_k if not paged else None
     name = "seqused_k" if call.varlen else "cache_seqlens"
@@ -94,6 +95,22 @@ def _check_longest(name: str, longest: int, cu_seqlens: Tensor | None) -> None:
     actual = _largest(cu_seqlens.diff())
     if actual > longest:
         raise ValueError(f"{name} is {longest}; the longest sequence has {actual} tokens")
+
+
+def _check_masks(call: Call) -> None:
+    """bias and attn_mask of packed sequences reach to the end of the longest."""
+    seqs = call.sequences
+    if seqs.cu_seqlens_q is None:
+        return
+    keys = seqs.seqused_k if seqs.cu_seqlens_k is None else seqs.cu_seqlens_k.diff()
+    queries, slots = (0 if n is None else _largest(n) for n in (seqs.cu_seqlens_q.diff(), keys))
+    for name in ("bias", "attn_mask"):
+        x = getattr(call.operands, name)
+        if x is not None and ((x.shape[2] != 1 and x.shape[2] < queries) or x.shape[3] < slots):
+            raise ValueError(
+                f"{name} has shape {tuple(x.shape)}; the longest sequences have {queries} "
+                f"queries and {slots} keys"
+            )
 
 
 def _check_used(

@@ -96,6 +96,11 @@ def flash_attn_with_kvcache(
         if rotary_cos is not None or rotary_sin is not None:
             raise ValueError("rotary_cos is given and k is None; rotary goes with new tokens")
         return attend(call, out=out, return_lse=return_softmax_lse)
+    for name, x in (("k_cache", k_cache), ("v_cache", v_cache)):
+        if x.stride(-1) != 1 and x.shape[-1] > 1:
+            raise ValueError(
+                f"{name} has strides {x.stride()}; to be appended to, its last must be 1"
+            )
     _check_append(call, k, v, cache_seqlens)
     _check_rotary(call, rotary_cos, rotary_sin)
     if out is not None:

@@ -23,6 +23,7 @@ def can(call: Call, segment: Segment) -> bool:
         q.device.type == "cpu"
         and all(x is None for x in features)
         and variant.softcap == 0.0
+        and variant.softmax_scale > 0.0  # it scales masked scores too: -inf * 0 is NaN
         and variant.window_left == UNBOUNDED
         and (variant.window_right == UNBOUNDED or _causal_square(variant.window_right, segment))
         and q.shape[-1] == v.shape[-1]

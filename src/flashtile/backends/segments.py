@@ -73,6 +73,8 @@ def segments(call: Call, batches: int) -> Iterator[Segment]:
     Lengths are read on the host: free on the CPU, a sync elsewhere.
     """
     seqs, (q, k, _) = call.sequences, call.operands[:3]
+    if q.shape[-2] == 0:
+        return
     if not is_ragged(call):
         for first in range(0, call.batch, batches):
             count = min(batches, call.batch - first)

@@ -321,4 +321,6 @@ def _add_sink_gradient(work: _Work, saved: _Saved, grad: Tensor) -> None:
     if sink is None:
         return
     row_lse, delta = (segment.lse_rows(x, 0, segment.seqlen_q) for x in (saved.lse, saved.delta))
+    # A sink of -inf on a row that sees no key has weight 0, not exp(-inf + inf).
+    row_lse = torch.where(row_lse == -math.inf, math.inf, row_lse)
     grad.sub_((torch.exp(sink.to(work.dtype)[:, None] - row_lse) * delta).sum((0, 2)))

@@ -47,10 +47,12 @@ class Band(NamedTuple):
         if self._full(tile):
             return None
         q, k = tile.q_idx(like.device)[:, None] + tile.offset, tile.k_idx(like.device)
-        after = None if self.right == UNBOUNDED else k <= q + self.right
+        # No two tokens are further apart, so that a side of 2**63 - 1 cannot overflow.
+        far = tile.seqlen_q + tile.seqlen_k
+        after = None if self.right == UNBOUNDED else k <= q + min(self.right, far)
         if self.left == UNBOUNDED:
             return after
-        before = k >= q - self.left
+        before = k >= q - min(self.left, far)
         return before if after is None else before.logical_and_(after)
 
 
