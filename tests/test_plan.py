@@ -57,12 +57,12 @@ def test_blocks_stay_within_their_bound() -> None:
 @pytest.mark.parametrize(
     ("device", "name", "reason"),
     [
-        (CPU, "hopper", "needs an NVIDIA Hopper GPU (sm_90), the tensors are on cpu"),
-        (CPU, "triton", "needs a GPU that Triton compiles for, the tensors are on cpu"),
-        (Device("cuda", "sm_80", True), "hopper", "(sm_90), the tensors are on sm_80"),
+        (CPU, "hopper", "needs an NVIDIA Hopper GPU (sm_90), this device is cpu"),
+        (CPU, "triton", "needs a GPU that Triton compiles for, this device is cpu"),
+        (Device("cuda", "sm_80", True), "hopper", "(sm_90), this device is sm_80"),
         (Device("cuda", "sm_90", False), "hopper", "needs triton, which is not installed"),
         (Device("cuda", "sm_90", True), "triton", "not part of this version"),
-        (Device("mps"), "triton", "the tensors are on mps"),
+        (Device("mps"), "triton", "this device is mps"),
     ],
 )
 def test_reasons(device: Device, name: str, reason: str) -> None:

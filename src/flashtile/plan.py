@@ -83,9 +83,9 @@ def _why_not(name: str, device: Device) -> str | None:
     if name == "hopper":
         if device.arch != "sm_90":
             here = device.arch or device.type
-            return f"needs an NVIDIA Hopper GPU (sm_90), the tensors are on {here}"
+            return f"needs an NVIDIA Hopper GPU (sm_90), this device is {here}"
     elif device.type != "cuda":
-        return f"needs a GPU that Triton compiles for, the tensors are on {device.type}"
+        return f"needs a GPU that Triton compiles for, this device is {device.type}"
     if not device.has_triton:
         return "needs triton, which is not installed"
     return "its kernels are not part of this version of flashtile"

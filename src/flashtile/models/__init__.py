@@ -1,0 +1,1 @@
+"""Models built on flashtile's functions, one file each."""

@@ -1,0 +1,132 @@
+"""A GPT in one file: rotary positions, RMS norm, grouped-query attention, tied embeddings.
+
+The attention function is an argument: anything that takes q (batch, seqlen, heads, head_dim), k and
+v with kv_heads, and `causal=True`. Two models that differ in nothing else show whether two
+attention functions agree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from flashtile.api import flash_attn_func
+from flashtile.rotary import rotate
+
+Attention = Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    vocab_size: int = 256  # a byte each
+    seqlen: int = 256  # the longest context
+    layers: int = 4
+    heads: int = 4
+    kv_heads: int = 2
+    head_dim: int = 32
+    rotary_base: float = 10_000.0
+
+    @property
+    def width(self) -> int:
+        return self.heads * self.head_dim
+
+
+class SelfAttention(nn.Module):
+    """Causal self-attention with fewer KV heads than query heads."""
+
+    def __init__(self, config: GPTConfig, attention: Attention) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        self.attention = attention
+        kv_width = config.kv_heads * config.head_dim
+        self.q = nn.Linear(config.width, config.width, bias=False)
+        self.k = nn.Linear(config.width, kv_width, bias=False)
+        self.v = nn.Linear(config.width, kv_width, bias=False)
+        self.out = nn.Linear(config.width, config.width, bias=False)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """x: (batch, seqlen, width); cos, sin: (seqlen, head_dim / 2)."""
+        q, k, v = (
+            project(x).unflatten(-1, (-1, self.head_dim)) for project in (self.q, self.k, self.v)
+        )
+        positions = torch.arange(x.shape[1], device=x.device)[None]
+        q, k = (rotate(each, cos, sin, positions, interleaved=False) for each in (q, k))
+        # Normalised queries and keys keep the scores small, so that high learning rates are stable.
+        q, k = (F.rms_norm(each, (self.head_dim,)) for each in (q, k))
+        return self.out(self.attention(q, k, v, causal=True).flatten(-2))
+
+
+class Block(nn.Module):
+    """Attention, then a two-layer perceptron, each added to the stream."""
+
+    def __init__(self, config: GPTConfig, attention: Attention) -> None:
+        super().__init__()
+        self.attention = SelfAttention(config, attention)
+        self.up = nn.Linear(config.width, 4 * config.width, bias=False)
+        self.down = nn.Linear(4 * config.width, config.width, bias=False)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        x = x + self.attention(_norm(x), cos, sin)
+        return x + self.down(F.relu(self.up(_norm(x))).square())
+
+
+class GPT(nn.Module):
+    """Next-token logits of a sequence: (batch, seqlen) int64 to (batch, seqlen, vocab_size)."""
+
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self, config: GPTConfig, attention: Attention = flash_attn_func) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.width)
+        self.blocks = nn.ModuleList(Block(config, attention) for _ in range(config.layers))
+        pairs = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
+        angles = torch.outer(torch.arange(config.seqlen).float(), config.rotary_base**-pairs)
+        self.register_buffer("cos", angles.cos(), persistent=False)
+        self.register_buffer("sin", angles.sin(), persistent=False)
+        self._initialise()
+
+    def _initialise(self) -> None:
+        """Blocks start as the identity: what they add to the stream starts at zero."""
+        for name, parameter in self.named_parameters():
+            if name.endswith(("out.weight", "down.weight")):
+                nn.init.zeros_(parameter)
+            else:
+                nn.init.normal_(parameter, std=self.config.width**-0.5)
+        nn.init.normal_(self.embedding.weight, std=0.02)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = _norm(self.embedding(tokens))
+        for block in self.blocks:
+            x = block(x, self.cos, self.sin)
+        return F.linear(_norm(x), self.embedding.weight)
+
+    def loss(self, tokens: Tensor) -> Tensor:
+        """Mean cross entropy, in nats, of each of tokens (batch, seqlen + 1) but the first."""
+        logits = self(tokens[:, :-1])
+        return F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
+
+    @torch.no_grad()
+    def generate(
+        self, tokens: Tensor, count: int, temperature: float = 1.0,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:  # fmt: skip
+        """tokens (batch, seqlen), and after them `count` sampled ones, or likeliest at 0."""
+        for _ in range(count):
+            logits = self(tokens[:, -self.config.seqlen :])[:, -1].float()
+            if temperature == 0.0:
+                following = logits.argmax(-1, keepdim=True)
+            else:
+                p = (logits / temperature).softmax(-1)
+                following = torch.multinomial(p, 1, generator=generator)
+            tokens = torch.cat((tokens, following), dim=1)
+        return tokens
+
+
+def _norm(x: Tensor) -> Tensor:
+    return F.rms_norm(x, (x.shape[-1],))
