@@ -47,11 +47,13 @@ def interleaved(
     }
 
 
-def write(suite: str, rows: list[dict[str, Any]], device: str = "cpu") -> Path:
-    """Write results/<device>/<suite>.json with commit and versions."""
+def write(
+    suite: str, rows: list[dict[str, Any]], environment: dict[str, Any], device: str = "cpu"
+) -> Path:
+    """Write results/<device>/<suite>.json with the environment as it was before the run."""
     path = RESULTS / device / f"{suite}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    document = {"suite": suite, "environment": environment(), "rows": rows}
+    document = {"suite": suite, "environment": environment, "rows": rows}
     path.write_text(json.dumps(document, indent=1) + "\n")
     return path
 

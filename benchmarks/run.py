@@ -11,7 +11,7 @@ import cpu
 import memory
 import report
 import typer
-from measure import write
+from measure import environment, write
 from rich import print as show
 
 
@@ -20,6 +20,7 @@ def main(
     rounds: Annotated[int, typer.Option(help="timed rounds of a cell")] = 7,
 ) -> None:
     """Run benchmark suites."""
+    here = environment()
     for suite in suites:
         if suite == "speed":
             rows = cpu.run(rounds)
@@ -28,9 +29,9 @@ def main(
                     f"{row['dtype']:>9} {row['seqlen']:>6} {row['feature']:<12} "
                     f"{row['flashtile']['median_ms']:9.1f} ms  {row['speedup']:6.2f}x {row['peer']}"
                 )
-            show(write("speed", rows))
+            show(write("speed", rows, here))
         elif suite == "memory":
-            show(write("memory", memory.run()))
+            show(write("memory", memory.run(), here))
         elif suite == "report":
             report.README.write_text(report.fill(report.README.read_text()))
         else:

@@ -8,8 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from flashtile import plan
-from flashtile.backends import aten
+from flashtile.testing import blocks
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Two workers of two spinning OpenMP threads on two cores take ten times as long.
@@ -22,11 +21,7 @@ def _seed() -> None:
 
 
 @pytest.fixture
-def small_blocks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Many small blocks, and never torch's own kernel: the loops at every boundary."""
-    monkeypatch.setattr(plan, "BLOCK", 16)
-    monkeypatch.setattr(plan, "BLOCK_ELEMENTS", 16 * 16 * 4)
-    monkeypatch.setattr(aten, "can", lambda call, segment: False)
-    plan.plan.cache_clear()
-    yield
-    plan.plan.cache_clear()
+def small_blocks() -> Iterator[None]:
+    """Many small blocks: the loops at every boundary."""
+    with blocks.small_blocks():
+        yield

@@ -231,7 +231,7 @@ def _attend(seq: _Sequence, variant: _Variant, dtype: torch.dtype) -> tuple[Tens
     p, lse = _probabilities(seq, variant, dtype)
     if variant.dropout_p > 0.0:
         p = p * _keep(seq, variant, p.shape).to(p.dtype) / (1.0 - variant.dropout_p)
-    group = seq.q.shape[1] // seq.k.shape[1]
+    group = seq.q.shape[1] // max(1, seq.k.shape[1])
     v = seq.v.to(dtype).repeat_interleave(group, dim=1)
     return torch.einsum("hqk,khd->qhd", p, v), lse.T
 
@@ -259,7 +259,7 @@ def _probabilities(seq: _Sequence, variant: _Variant, dtype: torch.dtype) -> tup
 
 def _scores(seq: _Sequence, variant: _Variant, dtype: torch.dtype) -> Tensor:
     """Scores after every mod and mask: (heads, seqlen_q, seqlen_k), -inf where not seen."""
-    group = seq.q.shape[1] // seq.k.shape[1]
+    group = seq.q.shape[1] // max(1, seq.k.shape[1])
     k = seq.k.to(dtype).repeat_interleave(group, dim=1)
     s = torch.einsum("qhd,khd->hqk", seq.q.to(dtype) * variant.scale, k)
     seqlen_q, seqlen_k = s.shape[1:]

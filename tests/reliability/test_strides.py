@@ -13,34 +13,12 @@ from torch import Tensor
 from flashtile import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
 from flashtile.api import normalise
 from flashtile.testing import Case, Problem, assert_matches_reference, fence, run
+from flashtile.testing.layouts import LAYOUTS, lay_out
 
-LAYOUTS = (
-    "contiguous", "heads_first", "packed", "every_other_head", "offset", "strided", "one_head",
-)  # fmt: skip
 VARIANTS: list[dict[str, Any]] = [
     {}, {"causal": True}, {"causal": True, "softcap": 3.0}, {"window_size": (9, 3)},
 ]  # fmt: skip
 TYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-
-
-def lay_out(x: Tensor, layout: str) -> Tensor:
-    """x with other strides, and NaN in the memory between its elements."""
-    *outer, tokens, heads, dim = x.shape
-
-    def empty(*shape: int) -> Tensor:
-        return x.new_full(shape, math.nan)
-
-    if layout == "one_head":
-        return x[..., :1, :].expand(x.shape)
-    storages = {
-        "contiguous": lambda: empty(*x.shape),
-        "heads_first": lambda: empty(*outer, heads, tokens, dim).transpose(-2, -3),
-        "packed": lambda: empty(*outer, tokens, 3, heads, dim)[..., 1, :, :],
-        "every_other_head": lambda: empty(*outer, tokens, 2 * heads, dim)[..., 1::2, :],
-        "offset": lambda: empty(x.numel() + 9)[3 : 3 + x.numel()].view(x.shape),
-        "strided": lambda: empty(*x.shape, 2)[..., 1],
-    }
-    return storages[layout]().copy_(x)
 
 
 def test_strides_beyond_int32(tmp_path: Path) -> None:

@@ -58,7 +58,9 @@ def flash_attn_func(
             (batch, heads, seqlen_q), -inf where a row sees no key.
         bias: floating, added to scores: (1|batch, 1|heads, 1|seqlen_q, seqlen_k), leading
             dimensions optional. Its gradient is summed over the broadcast ones.
-        attn_mask: shaped as bias; bool keeps where True, floating is added. No gradient.
+        attn_mask: shaped as bias; bool keeps where True, floating is added. No gradient. Mask with
+            False or -inf: where a finite sentinel such as finfo.min covers a whole row, lse is too
+            large to recompute that row's probabilities from, and its gradients are not exact.
         learnable_sink: (heads,) logits of a key without a value: exp(sink) joins the softmax's
             denominator, and lse (Xiao et al., 2024; gpt-oss).
         document_ids: integers (batch, seqlen), or a pair for q and k: queries see only keys of

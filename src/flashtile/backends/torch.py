@@ -32,6 +32,8 @@ from flashtile.mods.scores import alibi
 from flashtile.plan import Plan, TileConfig
 from flashtile.problem import Call
 
+LOG2E = math.log2(math.e)
+
 
 class Gradients(NamedTuple):
     """What backward is asked for, or None; in the operands' dtypes."""
@@ -125,18 +127,17 @@ def backward(
             *(g if n else None for g, n in zip((*found, None, None), needs, strict=True))
         )
         return _narrow(wide, wanted)
+    saved = _remember(dout, dlse, out, lse)
     dtype = _accumulator(operands.q.dtype)
     grads = Gradients(*(
         x.new_zeros(x.shape, dtype=dtype) if need and x is not None else None
         for x, need in zip(wanted, needs, strict=True)
     ))  # fmt: skip
     pieces = _compose(call, dtype, grads.bias)
-    saved: _Saved | None = None
     for segment in segments(call, plan.tile.batches):
         if dlse is None and aten.can(call, segment):
             _add_gradients(segment, aten.gradients(call, segment, dout, out, lse), grads)
             continue
-        saved = saved or _remember(dout, dlse, out, lse)
         work = _Work(call, pieces, plan.tile, dtype, segment)
         for col in range(0, segment.seqlen_k, plan.tile.block_k):
             _backward_columns(work, col, saved, grads)
@@ -232,8 +233,24 @@ def _scores(
         mod.apply(s, tile)
         derivatives.append(mod.derivative(s))
     if unseen is not None:
-        s.masked_fill_(unseen, -math.inf)
+        _hide(s, unseen)
     return s, derivatives
+
+
+def _exp(x: Tensor) -> Tensor:
+    """exp in place. On the CPU torch.exp is 2.5 times slower than exp2, and 70 times where results
+    underflow (10.0 against 0.14 ms for 8 x 256 x 256 scores near -95)."""
+    return x.mul_(LOG2E).exp2_()
+
+
+def _hide(s: Tensor, unseen: Tensor) -> None:
+    """Set scores to -inf in place. masked_fill_ is not vectorised on the CPU: 0.99 ms for
+    8 x 256 x 256 scores, minimum with -inf takes 0.06, but it keeps a NaN."""
+    if s.device.type == "cpu":
+        torch.minimum(s, torch.where(unseen, -math.inf, math.inf).to(s.dtype), out=s)
+        if not s.sum().isnan():
+            return
+    s.masked_fill_(unseen, -math.inf)
 
 
 def _forward_rows(work: _Work, row: int, out: Tensor, lse: Tensor) -> None:
@@ -261,7 +278,7 @@ def _forward_rows(work: _Work, row: int, out: Tensor, lse: Tensor) -> None:
             continue
         s, _ = _scores(q_block, work.k_block(k, col, end), tile, pieces, unseen)
         m_new = torch.maximum(m, s.amax(-1, keepdim=True))
-        p = s.sub_(m_new).exp_()
+        p = _exp(s.sub_(m_new))
         alpha = torch.exp(m - m_new)
         l = l.mul_(alpha).add_(p.sum(-1, keepdim=True))
         m = m_new
@@ -292,7 +309,7 @@ def _backward_columns(work: _Work, col: int, saved: _Saved, grads: Gradients) ->
         do_block = work.q_block(saved.dout, row, stop)
         s, derivatives = _scores(q_block, k_block, tile, pieces, unseen)
         row_lse = segment.lse_rows(saved.lse, row, stop).unsqueeze(-1)
-        p = s.sub_(torch.where(row_lse == -math.inf, math.inf, row_lse)).exp_()
+        p = _exp(s.sub_(torch.where(row_lse == -math.inf, math.inf, row_lse)))
         dp = torch.bmm(do_block, v_block.mT).view_as(p)
         kept = p
         if pieces.dropout is not None:

@@ -45,7 +45,7 @@ class Alibi(NamedTuple):
 
     def apply(self, s: Tensor, tile: Tile) -> None:
         diagonal = tile.q_idx(s.device)[:, None] + tile.offset
-        distance = (diagonal - tile.k_idx(s.device)).abs_().to(s.dtype)
+        distance = (diagonal.to(s.dtype) - tile.k_idx(s.device).to(s.dtype)).abs_()
         s.addcmul_(tile.batches_of(self.slopes)[:, :, None, None], distance, value=-1.0)
 
     def derivative(self, s: Tensor) -> Tensor | None:
