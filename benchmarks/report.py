@@ -15,21 +15,20 @@ README = ROOT / "README.md"
 
 
 def speed_table() -> str:
-    document = read("speed")
+    documents = [read("speed-float32"), read("speed-bfloat16")]
     lines = [
         "| forward + backward | fp32, 2,048 | fp32, 4,096 | bf16, 2,048 | bf16, 4,096 |",
         "|---|---|---|---|---|",
     ]
-    rows = document["rows"]
+    rows = [row for document in documents for row in document["rows"]]
     for feature in dict.fromkeys(row["feature"] for row in rows):
         cells = [row for row in rows if row["feature"] == feature]
-        cells.sort(key=lambda row: (row["dtype"] != "float32", row["seqlen"]))
         against = "torch's flash kernel" if cells[0]["peer"] == "aten" else "eager"
         figures = " | ".join(
             f"{_time(row['flashtile']['median_ms'])}, {row['speedup']:.2f}x" for row in cells
         )
         lines.append(f"| {feature}, against {against} | {figures} |")
-    return "\n".join(lines) + "\n\n" + _source(document)
+    return "\n".join((*lines, "", *(_source(document) for document in documents)))
 
 
 def memory_table() -> str:
