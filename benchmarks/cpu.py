@@ -1,4 +1,7 @@
-"""Suites `speed-float32` and `speed-bfloat16`: forward plus backward on the CPU, against torch's kernel and eager attention."""
+"""Suites `speed-float32` and `speed-bfloat16`: forward plus backward on the CPU.
+
+Against torch's own flash kernel where that can do the problem, against eager attention elsewhere.
+"""
 
 from __future__ import annotations
 

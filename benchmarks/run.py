@@ -1,4 +1,6 @@
-"""The benchmark driver: `python benchmarks/run.py speed-float32 memory` writes JSON, `report` the README.
+"""The benchmark driver: `python benchmarks/run.py speed-float32 memory report`.
+
+Suites write JSON, `report` writes README's tables from it.
 
 Every cell passes a correctness check before it is timed; providers are timed in turns.
 """
@@ -15,11 +17,11 @@ import typer
 from measure import environment, write
 from rich import print as show
 
+SUITES = "speed-float32, speed-bfloat16, memory, report"
+
 
 def main(
-    suites: Annotated[
-        list[str], typer.Argument(help="speed-float32, speed-bfloat16, memory, report")
-    ],
+    suites: Annotated[list[str], typer.Argument(help=SUITES)],
     rounds: Annotated[int, typer.Option(help="timed rounds of a cell")] = 7,
 ) -> None:
     """Run benchmark suites."""
@@ -38,9 +40,7 @@ def main(
         elif suite == "report":
             report.README.write_text(report.fill(report.README.read_text()))
         else:
-            raise typer.BadParameter(
-                f"{suite!r} is none of speed-float32, speed-bfloat16, memory, report"
-            )
+            raise typer.BadParameter(f"{suite!r} is none of {SUITES}")
 
 
 if __name__ == "__main__":
