@@ -66,7 +66,3 @@ def fill(text: str) -> str:
         pattern = re.compile(rf"(<!-- table: {name} -->\n).*?(<!-- end -->)", re.DOTALL)
         text = pattern.sub(lambda m, t=table: m[1] + t() + "\n" + m[2], text)
     return text
-
-
-if __name__ == "__main__":
-    README.write_text(fill(README.read_text()))

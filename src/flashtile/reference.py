@@ -134,7 +134,7 @@ def attention_with_kvcache(
     lengths = lengths.expand(batch).to(torch.int64)
     k_cache, v_cache = k_cache.clone(), v_cache.clone()
     if rotary_cos is not None and rotary_sin is not None and k is not None:
-        advance = causal or window_sides(window_size, causal) != (-1, -1)
+        advance = window_sides(window_size, causal) != (-1, -1)
         q_at = query_positions(lengths, q.shape[1], advance)
         k_at = query_positions(lengths, k.shape[1], True)
         q = rotate(q, rotary_cos, rotary_sin, q_at, rotary_interleaved)

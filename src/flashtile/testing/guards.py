@@ -41,11 +41,7 @@ def fence(x: Tensor, gap: int = 3) -> Fenced:
     rows = x.numel() // x.shape[-1] if x.numel() else 0
     canary = math.nan if x.is_floating_point() else torch.iinfo(x.dtype).min
     storage = torch.full((2 * MARGIN + rows * row,), canary, dtype=x.dtype, device=x.device)
-    strides = [1]
-    for size in reversed(x.shape[1:]):
-        strides.insert(0, row if len(strides) == 1 else strides[0] * size)
-    if x.dim() > 1:
-        strides = [row * _product(x.shape[i + 1 : -1]) for i in range(x.dim() - 1)] + [1]
+    strides = [*(row * math.prod(x.shape[i + 1 : -1]) for i in range(x.dim() - 1)), 1]
     inside = storage.as_strided(x.shape, strides, MARGIN)
     inside.copy_(x.detach())
     return Fenced(inside, storage, storage.clone())
@@ -70,10 +66,6 @@ def poisoned_allocations() -> Iterator[None]:
 
 def _view(flat: Tensor, like: Tensor) -> Tensor:
     return flat.as_strided(like.shape, like.stride(), like.storage_offset())
-
-
-def _product(sizes: torch.Size) -> int:
-    return math.prod(sizes)
 
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:
