@@ -18,8 +18,8 @@ SOURCE = ROOT / "src" / "flashtile"
 FILES = sorted(SOURCE.rglob("*.py"))
 
 LAYERS = (
-    ("config", "problem", "random", "rotary"),
-    ("checks", "mods", "plan", "reference"),
+    ("config", "problem", "random", "rotary", "tiles"),
+    ("checks", "kernels", "mods", "plan", "reference"),
     ("backends",),
     ("values",),
     ("ops",),
@@ -27,6 +27,7 @@ LAYERS = (
     ("",),  # flashtile itself
     ("compat", "models", "testing"),
     ("demo",),
+    ("bench",),
     ("cli",),
     ("__main__",),
 )

@@ -9,7 +9,8 @@ import torch
 
 from flashtile import explain
 from flashtile.plan import BLOCK_ELEMENTS, Device, backends, plan, visible_pairs
-from flashtile.problem import AttentionProblem
+from flashtile.problem import MASK_BLOCK, AttentionProblem
+from flashtile.tiles import KERNELS, SHARED_LIMIT, configs, shared_bytes
 
 CPU = Device("cpu")
 LLAMA = AttentionProblem("cpu", "float32", 1, 4096, 4096, 32, 8, 128, 128, window_right=0)
@@ -60,14 +61,40 @@ def test_blocks_stay_within_their_bound() -> None:
         (CPU, "hopper", "needs an NVIDIA Hopper GPU (sm_90), this device is cpu"),
         (CPU, "triton", "needs a GPU that Triton compiles for, this device is cpu"),
         (Device("cuda", "sm_80", True), "hopper", "(sm_90), this device is sm_80"),
-        (Device("cuda", "sm_90", False), "hopper", "needs triton, which is not installed"),
-        (Device("cuda", "sm_90", True), "triton", "not part of this version"),
+        (Device("cuda", "sm_90", False), "triton", "needs triton, which is not installed"),
+        (Device("cuda", "sm_90", True), "hopper", "not part of this version"),
+        (Device("cuda", "sm_75", True), "triton", "needs bfloat16 matrix instructions (sm_80)"),
         (Device("mps"), "triton", "this device is mps"),
     ],
 )
 def test_reasons(device: Device, name: str, reason: str) -> None:
     assert reason in (dict(backends(device))[name] or "")
     assert reason in dict(plan(LLAMA, device).passed_over)[name]
+
+
+def test_triton_does_what_its_accumulators_hold() -> None:
+    gpu = Device("cuda", "sm_90", True)
+    assert plan(LLAMA, gpu).backend == "triton"
+    assert plan(LLAMA, gpu).kernels is not None
+    for change, reason in (({"head_dim_v": 520}, "up to 512"), ({"dtype": "float64"}, "float64")):
+        chosen = plan(replace(LLAMA, **change), gpu)  # type: ignore[arg-type]
+        assert chosen.backend == "torch"
+        assert reason in dict(chosen.passed_over)["triton"]
+
+
+@pytest.mark.parametrize("arch", SHARED_LIMIT)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("dims", [(8, 8), (64, 64), (96, 96), (192, 128), (256, 256), (64, 512),
+                                  (512, 512)], ids=str)  # fmt: skip
+def test_tiles_fit_shared_memory(arch: str, dtype: str, dims: tuple[int, int]) -> None:
+    element = 4 if dtype == "float32" else 2
+    for banded in (False, True):
+        chosen = configs(arch, dtype, *dims, banded)
+        for kernel in KERNELS:
+            config = getattr(chosen, kernel)
+            assert shared_bytes(kernel, config, *dims, element) <= SHARED_LIMIT[arch]
+            assert MASK_BLOCK % config.block_q == MASK_BLOCK % config.block_k == 0
+            assert min(config.block_q, config.block_k) >= 16
 
 
 def test_explanation_names_the_choice_and_what_was_passed_over() -> None:

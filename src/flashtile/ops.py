@@ -7,6 +7,9 @@ which costs 4 us a call instead of 17.
 
 from __future__ import annotations
 
+import importlib
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -14,13 +17,13 @@ from torch import Tensor
 
 from flashtile import values
 from flashtile.backends import cache
-from flashtile.backends import torch as torch_backend
 from flashtile.plan import Device, Plan, plan
-from flashtile.problem import Call, Operands, describe
+from flashtile.problem import UNBOUNDED, Call, Operands, describe, mask_grid
 
 _CALL = (
     "Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? attn_mask, Tensor? alibi_slopes, "
     "Tensor? learnable_sink, Tensor? document_ids_q, Tensor? document_ids_k, Tensor? rng_state, "
+    "Tensor? mask_blocks, "
     "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? seqused_q, Tensor? seqused_k, "
     "Tensor? block_table, Tensor? cache_batch_idx, Tensor? cache_leftpad, "
     "SymInt max_seqlen_q, SymInt max_seqlen_k, "
@@ -41,16 +44,41 @@ _library.define(
     " -> Tensor[]"
 )
 _library.define(f"with_kvcache({_NEW_TOKENS}, {_CACHE_CALL}) -> (Tensor out, Tensor lse)")
+_library.define(f"classify({_CALL}) -> Tensor")
 
 
 def _plan(call: Call) -> Plan:
     return plan(describe(call), Device.of(call.operands.q.device))
 
 
+def _backend(chosen: Plan) -> Any:
+    """The module of a plan's backend. Triton is imported by the first call that needs it."""
+    return importlib.import_module(f"flashtile.backends.{chosen.backend}")
+
+
+def _device_of(x: Tensor) -> AbstractContextManager[Any]:
+    """Triton launches on the current device, which need not be the operands'."""
+    return torch.cuda.device_of(x) if x.is_cuda else nullcontext()
+
+
+def _run_forward(call: Call) -> tuple[Tensor, Tensor]:
+    chosen = _plan(call)
+    with _device_of(call.operands.q):
+        return _backend(chosen).forward(call, chosen)
+
+
+def replay(call: Call) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] | None:
+    """forward for other q, k, v of a dense call's metadata, without what depends on it alone."""
+    chosen = _plan(call)
+    if chosen.backend == "torch":
+        return None
+    return _backend(chosen).replay(call, chosen)
+
+
 def _forward(*args: Any) -> tuple[Tensor, Tensor]:
     call = Call.unflatten(args)
     values.check(call)
-    return torch_backend.forward(call, _plan(call))
+    return _run_forward(call)
 
 
 def _backward(
@@ -58,7 +86,9 @@ def _backward(
 ) -> list[Tensor]:
     *flat, needs = args
     call = Call.unflatten(tuple(flat))
-    grads = torch_backend.backward(call, _plan(call), dout, dlse, out, lse, tuple(needs))
+    chosen = _plan(call)
+    with _device_of(out):
+        grads = _backend(chosen).backward(call, chosen, dout, dlse, out, lse, tuple(needs))
     return [grad for grad in grads if grad is not None]
 
 
@@ -73,8 +103,16 @@ def _with_kvcache(
     call = Call.unflatten(args)
     new = cache.NewTokens(k_new, v_new, rotary_cos, rotary_sin, rotary_interleaved)
     values.check_append(call, new)
-    call = cache.append(call, new)
-    return torch_backend.forward(call, _plan(call))
+    return _run_forward(cache.append(call, new))
+
+
+def _classify(*args: Any) -> Tensor:
+    """Codes of the tiles of the mask tensors; all "partly visible" where a backend has no use."""
+    call = Call.unflatten(args)
+    if _plan(call).backend == "torch":
+        return torch.ones(mask_grid(call), dtype=torch.uint8, device=call.operands.q.device)
+    with _device_of(call.operands.q):
+        return importlib.import_module("flashtile.backends.blocklists").classify(call)
 
 
 def _fake_forward(*args: Any) -> tuple[Tensor, Tensor]:
@@ -92,6 +130,11 @@ def _fake_backward(dout: Any, dlse: Any, out: Any, lse: Any, *args: Any) -> list
         for at, need in zip(_POSITIONS, needs, strict=True)
         if need and flat[at] is not None
     ]
+
+
+def _fake_classify(*args: Any) -> Tensor:
+    call = Call.unflatten(args)
+    return call.operands.q.new_empty(mask_grid(call), dtype=torch.uint8)
 
 
 def _fake_with_kvcache(k: Any, v: Any, cos: Any, sin: Any, interleaved: Any, *args: Any) -> Any:
@@ -152,9 +195,11 @@ def _autocast(op: Any, key: str, first: int) -> Any:
 _library.impl("forward", _forward, "CompositeExplicitAutograd")
 _library.impl("backward", _backward, "CompositeExplicitAutograd")
 _library.impl("with_kvcache", _with_kvcache, "CompositeExplicitAutograd")
+_library.impl("classify", _classify, "CompositeExplicitAutograd")
 torch.library.register_fake("flashtile::forward", _fake_forward, lib=_library)
 torch.library.register_fake("flashtile::backward", _fake_backward, lib=_library)
 torch.library.register_fake("flashtile::with_kvcache", _fake_with_kvcache, lib=_library)
+torch.library.register_fake("flashtile::classify", _fake_classify, lib=_library)
 torch.library.register_autograd(
     "flashtile::forward", _autograd_backward, setup_context=_save_for_backward, lib=_library
 )
@@ -168,3 +213,25 @@ for _key in ("AutocastCPU", "AutocastCUDA"):
 
 forward = torch.ops.flashtile.forward.default
 with_kvcache = torch.ops.flashtile.with_kvcache.default
+
+
+def with_mask_blocks(call: Call) -> Call:
+    """Classify the tiles of masks given as tensors, once for forward and backward.
+
+    Not on the CPU, whose backend has no use for it, nor for packed sequences of unknown length,
+    whose grid of tiles would be quadratic in the number of tokens.
+    """
+    operands = call.operands
+    if operands.attn_mask is None and operands.document_ids_q is None:
+        return call
+    longest = (call.sequences.max_seqlen_q, call.sequences.max_seqlen_k)
+    unknown = call.varlen and call.batch > 1 and UNBOUNDED in longest
+    if unknown or not classifies(operands.q.device.type):
+        return call
+    codes = torch.ops.flashtile.classify.default(*call.flat())
+    return call._replace(operands=operands._replace(mask_blocks=codes))
+
+
+def classifies(device_type: str) -> bool:
+    """Whether calls on such a device come with classified masks."""
+    return device_type == "cuda"

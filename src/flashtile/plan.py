@@ -11,12 +11,16 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from flashtile.problem import UNBOUNDED, AttentionProblem
+from flashtile.tiles import KernelConfigs, configs
 
 if TYPE_CHECKING:
     import torch
 
 BACKENDS = ("hopper", "triton", "torch")
 """Best first."""
+
+MAX_HEAD_DIM = 512
+"""The widest head dim that the Triton kernels' accumulators hold."""
 
 BLOCK = 256
 """Edge of the torch backend's blocks. On two AVX2 cores with 1 MiB of L2 (8 heads x 64, 2,048
@@ -70,6 +74,8 @@ class Plan:
     bytes_forward: int  # each input read once, each output written once
     bytes_backward: int
     passed_over: tuple[tuple[str, str], ...] = ()  # better backends and why not
+    kernels: KernelConfigs | None = None  # launches of the Triton backend
+    approximate: bool = False  # tanh by the GPU's instruction: 16-bit inputs on NVIDIA
 
 
 def backends(device: Device) -> list[tuple[str, str | None]]:
@@ -78,36 +84,56 @@ def backends(device: Device) -> list[tuple[str, str | None]]:
 
 
 def _why_not(name: str, device: Device) -> str | None:
-    if name == "torch":
-        return None
+    here, reason = device.arch or device.type, None
     if name == "hopper":
+        reason = "its kernels are not part of this version of flashtile"
         if device.arch != "sm_90":
-            here = device.arch or device.type
-            return f"needs an NVIDIA Hopper GPU (sm_90), this device is {here}"
-    elif device.type != "cuda":
-        return f"needs a GPU that Triton compiles for, this device is {device.type}"
-    if not device.has_triton:
-        return "needs triton, which is not installed"
-    return "its kernels are not part of this version of flashtile"
+            reason = f"needs an NVIDIA Hopper GPU (sm_90), this device is {here}"
+    elif name == "triton":
+        if device.type != "cuda":
+            reason = f"needs a GPU that Triton compiles for, this device is {here}"
+        elif not device.has_triton:
+            reason = "needs triton, which is not installed"
+        elif device.arch.startswith("sm_") and int(device.arch[3:]) < 80:
+            reason = f"needs bfloat16 matrix instructions (sm_80), this device is {here}"
+    return reason
+
+
+def _cannot(name: str, problem: AttentionProblem) -> str | None:
+    """Why a backend that runs on the device cannot do this problem."""
+    if name != "triton":
+        return None
+    if problem.dtype == "float64":
+        return "computes in float32, the inputs are float64"
+    if max(problem.head_dim, problem.head_dim_v) > MAX_HEAD_DIM:
+        wide = max(problem.head_dim, problem.head_dim_v)
+        return f"holds a head_dim up to {MAX_HEAD_DIM} in registers, this one is {wide}"
+    return None
 
 
 @lru_cache(maxsize=4096)
 def plan(problem: AttentionProblem, device: Device) -> Plan:
     """Choose the backend and its tile."""
-    reasons = [(name, _why_not(name, device)) for name in BACKENDS]
+    reasons = [(n, _why_not(n, device) or _cannot(n, problem)) for n in BACKENDS]
     chosen = next(name for name, reason in reasons if reason is None)
     passed = tuple((n, r) for n, r in reasons[: BACKENDS.index(chosen)] if r is not None)
     pairs = visible_pairs(problem) * problem.batch * problem.heads
     d, dv = problem.head_dim, problem.head_dim_v
     read, written = _traffic(problem)
+    kernels, tile = None, torch_tile(problem)
+    if chosen == "triton":
+        kernels = configs(device.arch, problem.dtype, d, dv, problem.banded)
+        tile = TileConfig(kernels.forward.block_q, kernels.forward.block_k)
     return Plan(
         backend=chosen,
-        tile=torch_tile(problem),
+        tile=tile,
         flops_forward=2 * pairs * (d + dv),
         flops_backward=2 * pairs * (3 * d + 2 * dv),
         bytes_forward=read + written,
         bytes_backward=2 * (read + written),
         passed_over=passed,
+        kernels=kernels,
+        approximate=problem.element_bytes == 2 and device.arch.startswith("sm_"),
     )
 
 

@@ -30,6 +30,7 @@ class Operands(NamedTuple):
     document_ids_q: Tensor | None = None  # (batch, seqlen_q) or (total_q,), integer
     document_ids_k: Tensor | None = None  # (batch, seqlen_k) or (total_k,), integer
     rng_state: Tensor | None = None  # (2,) int64: seed, offset; None without dropout
+    mask_blocks: Tensor | None = None  # `mask_grid` uint8: tiles of the masks, see `mask_grid`
 
 
 class Sequences(NamedTuple):
@@ -85,6 +86,11 @@ class Call(NamedTuple):
         return (self.variant.window_left, self.variant.window_right) != (UNBOUNDED, UNBOUNDED)
 
     @property
+    def ragged(self) -> bool:
+        """Whether sequences may differ in length or place."""
+        return any(x is not None for x in self.sequences[:7])
+
+    @property
     def batch(self) -> int:
         cu_seqlens_q = self.sequences.cu_seqlens_q
         return self.operands.q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
@@ -113,6 +119,25 @@ class Call(NamedTuple):
         return (q.shape[1], q.shape[0]) if self.varlen else (q.shape[0], q.shape[2], q.shape[1])
 
 
+MASK_BLOCK = 128
+"""Edge of the tiles that masks given as tensors are classified in."""
+
+
+def mask_grid(call: Call) -> tuple[int, int, int, int]:
+    """Shape of `mask_blocks`: (1|batch, 1|heads, tiles of queries, tiles of keys)."""
+    operands = call.operands
+    mask = operands.attn_mask
+    same = mask is None or mask.shape[0] == 1
+    alike = same and operands.document_ids_q is None and not call.ragged
+    heads = 1 if mask is None or mask.shape[1] == 1 else operands.q.shape[-2]
+    tiles = ((n + MASK_BLOCK - 1) // MASK_BLOCK for n in (call.seqlen_q, call.seqlen_k))
+    return (1 if alike else call.batch, heads, *tiles)  # type: ignore[return-value]
+
+
+ELEMENTWISE = frozenset({"alibi_slopes", "attn_mask", "bias", "document_ids", "dropout", "softcap"})
+"""Features that do something to each score."""
+
+
 @dataclass(frozen=True)
 class AttentionProblem:
     """What a plan may depend on: metadata only, no tensor, no value that lives on a device."""
@@ -135,6 +160,12 @@ class AttentionProblem:
     @property
     def causal(self) -> bool:
         return self.window_right == 0
+
+    @property
+    def banded(self) -> bool:
+        """Whether causality or a window is all that happens to the scores."""
+        bounded = (self.window_left, self.window_right) != (UNBOUNDED, UNBOUNDED)
+        return bounded and not self.features & ELEMENTWISE
 
     @property
     def group(self) -> int:

@@ -77,7 +77,7 @@ def attend(
     if out is not None:
         checks.check_out(out, call)
     _refuse_forward_mode(call)
-    result, lse = ops.forward(*call.flat())
+    result, lse = ops.forward(*ops.with_mask_blocks(call).flat())
     result = result if out is None else out.copy_(result)
     if return_attn_probs:
         return result, lse, signed_probabilities(call)

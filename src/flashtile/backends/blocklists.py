@@ -1,0 +1,75 @@
+"""Block lists of masks given as tensors: classified once a call, listed for each direction."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from flashtile.backends import operands
+from flashtile.backends.launch import Launch, run
+from flashtile.kernels import blocks as kernels
+from flashtile.kernels.numbers import opaque
+from flashtile.kernels.schedule import BlockList
+from flashtile.problem import Call, mask_grid
+
+CHUNK_ROWS = 32
+CHUNK_CODES = 256
+
+
+class _Shape(NamedTuple):
+    batches: int
+    heads: int
+    q_tiles: int
+    k_tiles: int
+
+
+def classify(call: Call) -> Tensor:
+    """Codes of the tiles of a call's mask tensors: `mask_grid(call)`, uint8."""
+    shape = _Shape(*mask_grid(call))
+    codes = torch.empty(shape, dtype=torch.uint8, device=call.operands.q.device)
+    run(Launch(
+        kernels.classify_blocks, codes.numel(),
+        (_grid(codes), operands.query_sequences(call), operands.key_sequences(call),
+         operands.tensor_masks(call, classifying=True), CHUNK_ROWS),
+    ))  # fmt: skip
+    return codes
+
+
+def by_queries(call: Call) -> BlockList | None:
+    """For each tile of queries the blocks of keys that it sees."""
+    return _lists(call, transposed=False)
+
+
+def by_keys(call: Call) -> BlockList | None:
+    """For each tile of keys the blocks of queries that see it."""
+    return _lists(call, transposed=True)
+
+
+def _grid(codes: Tensor) -> kernels.CodeGrid:
+    return kernels.CodeGrid(codes, *(opaque(n) for n in codes.shape))
+
+
+def _lists(call: Call, transposed: bool) -> BlockList | None:
+    codes = call.operands.mask_blocks
+    if codes is None:
+        return None
+    shape = _Shape(*codes.shape)
+    own, other = shape.q_tiles, shape.k_tiles
+    if transposed:
+        own, other = other, own
+    entries = codes.new_empty((shape.batches, shape.heads, own, other), dtype=torch.int32)
+    counts = codes.new_empty((shape.batches, shape.heads, own, 2), dtype=torch.int32)
+    run(Launch(
+        kernels.list_blocks, shape.batches * shape.heads * own,
+        (_grid(codes), entries, counts, operands.query_sequences(call),
+         operands.key_sequences(call), operands.band(call), opaque(shape.heads), transposed,
+         CHUNK_CODES),
+    ))  # fmt: skip
+    return BlockList(
+        entries, counts,
+        opaque(shape.heads * own if shape.batches > 1 else 0),
+        opaque(own if shape.heads > 1 else 0),
+        opaque(other),
+    )  # fmt: skip

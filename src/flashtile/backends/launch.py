@@ -1,0 +1,33 @@
+"""One launch of a Triton kernel: what it is, and how it reaches the GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+
+class Launch(NamedTuple):
+    kernel: Any  # a @triton.jit function
+    grid: int  # programs, all on x: y and z end at 65,535
+    arguments: tuple[Any, ...]
+    num_warps: int = 4
+    num_stages: int = 1
+
+
+def run(launch: Launch) -> None:
+    """Launch on the current stream. An empty grid is no launch."""
+    if launch.grid > 0:
+        launch.kernel[(launch.grid,)](
+            *launch.arguments, num_warps=launch.num_warps, num_stages=launch.num_stages
+        )
+
+
+def warm(launch: Launch) -> Callable[..., None]:
+    """A launcher of the compiled kernel for arguments of the same types, strides and alignment.
+
+    It skips Triton's binding and specialisation of arguments, most of the host time of a launch.
+    """
+    compiled = launch.kernel.warmup(
+        *launch.arguments, grid=(1,), num_warps=launch.num_warps, num_stages=launch.num_stages
+    )
+    return compiled[(launch.grid, 1, 1)]

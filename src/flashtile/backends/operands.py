@@ -1,0 +1,166 @@
+"""From a `Call` to the arguments of the Triton kernels: views, sequences, variants."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from flashtile.kernels import dropout, forward, masks, schedule, scores, views
+from flashtile.kernels.config import Tile
+from flashtile.kernels.numbers import opaque
+from flashtile.problem import UNBOUNDED, Call
+from flashtile.random import drop_threshold
+from flashtile.tiles import KernelConfig
+
+LOG2E = math.log2(math.e)
+FAR = 2**22
+"""Token strides above this need 64-bit offsets within a block of up to 128 rows."""
+
+
+class Arguments(NamedTuple):
+    """What every kernel of a call takes."""
+
+    q: views.TokenView
+    k: views.TokenView
+    v: views.TokenView
+    q_seq: views.Sequences
+    k_seq: views.Sequences
+    scale: forward.Scale
+    heads: forward.Heads
+
+
+def arguments(call: Call) -> Arguments:
+    q, k, v = call.operands[:3]
+    scale = call.variant.softmax_scale
+    heads, kv_heads = q.shape[-2], k.shape[-2]
+    return Arguments(
+        token_view(q), token_view(k), token_view(v), query_sequences(call), key_sequences(call),
+        forward.Scale(scale, scale * LOG2E),
+        forward.Heads(opaque(heads), opaque(heads // kv_heads)),
+    )  # fmt: skip
+
+
+def token_view(x: Tensor) -> views.TokenView:
+    strides = x.stride()
+    batch = strides[0] if len(strides) == 4 else 0
+    far = 1 if strides[-3] > FAR else None
+    return views.TokenView(x, batch, strides[-3], strides[-2], far)
+
+
+def row_view(x: Tensor) -> views.RowView:
+    """x: contiguous (batch, heads, length) or (heads, total)."""
+    strides = x.stride()
+    batch = strides[0] if len(strides) == 3 else 0
+    return views.RowView(x, opaque(batch), opaque(strides[-2]))
+
+
+def query_sequences(call: Call) -> views.Sequences:
+    q, seqs = call.operands.q, call.sequences
+    tokens = q.shape[0] if call.varlen else q.shape[1]
+    return views.Sequences(opaque(call.batch), opaque(tokens), seqs.cu_seqlens_q, seqs.seqused_q)
+
+
+def key_sequences(call: Call) -> views.Sequences:
+    k, seqs = call.operands.k, call.sequences
+    table = seqs.block_table
+    tokens = k.shape[0] if k.dim() == 3 else k.shape[1]
+    if table is None:
+        cu_seqlens = seqs.cu_seqlens_k if k.dim() == 3 else None
+        return views.Sequences(
+            opaque(call.batch), opaque(tokens), cu_seqlens, seqs.seqused_k,
+            seqs.cache_leftpad, seqs.cache_batch_idx,
+        )  # fmt: skip
+    return views.Sequences(
+        opaque(call.batch), opaque(tokens * table.shape[1]), seqs.cu_seqlens_k, seqs.seqused_k,
+        table=table, table_stride=table.stride(0), page_size=opaque(tokens),
+    )  # fmt: skip
+
+
+def tile(call: Call, config: KernelConfig, precision: str) -> Tile:
+    q, _, v = call.operands[:3]
+    return Tile(config.block_q, config.block_k, q.shape[-1], v.shape[-1], precision)
+
+
+def matrix_view(x: Tensor) -> masks.MatrixView:
+    """A (1|batch, 1|heads, 1|seqlen_q, seqlen_k) tensor; broadcast dimensions get stride 0."""
+    batch, head, row = (
+        0 if size == 1 else stride for size, stride in zip(x.shape[:3], x.stride()[:3], strict=True)
+    )
+    return masks.MatrixView(x, batch, head, row, x.stride(3))
+
+
+def score_mods(call: Call, approximate: bool) -> tuple[scores.ScoreMod, ...]:
+    """Softcap, ALiBi, bias, float mask, in the contract's order."""
+    operands, variant = call.operands, call.variant
+    mods = []
+    if variant.softcap > 0.0:
+        function = scores.softcap_approximate if approximate else scores.softcap
+        mods.append(scores.ScoreMod(function, (variant.softcap,), scores.softcap_slope))
+    slopes = operands.alibi_slopes
+    if slopes is not None:
+        slopes = slopes.contiguous()
+        stride = slopes.stride(0) if slopes.dim() == 2 else 0
+        mods.append(scores.ScoreMod(scores.alibi, (slopes, opaque(stride))))
+    for matrix in (operands.bias, float_mask(call)):
+        if matrix is not None:
+            mods.append(scores.ScoreMod(scores.add_matrix, (matrix_view(matrix),)))
+    if not mods and variant.softmax_scale <= 0.0:
+        mods.append(scores.ScoreMod(scores.unchanged))
+    return tuple(mods)
+
+
+def float_mask(call: Call) -> Tensor | None:
+    mask = call.operands.attn_mask
+    return mask if mask is not None and mask.is_floating_point() else None
+
+
+def band(call: Call) -> tuple[masks.Mask, ...]:
+    """Causality and the window: masks that carry ranges."""
+    left, right = call.variant.window_left, call.variant.window_right
+    far = call.seqlen_q + call.seqlen_k  # no two tokens are further apart
+    found = []
+    if left != UNBOUNDED:
+        found.append(masks.Mask(masks.not_earlier, (opaque(min(left, far)),),
+                                masks.not_earlier_keys, masks.not_earlier_queries))  # fmt: skip
+    if right != UNBOUNDED:
+        found.append(masks.Mask(masks.not_later, (opaque(min(right, far)),),
+                                masks.not_later_keys, masks.not_later_queries))  # fmt: skip
+    return tuple(found)
+
+
+def tensor_masks(call: Call, classifying: bool = False) -> tuple[masks.Mask, ...]:
+    """Documents and the mask tensor. A float mask hides only where whole tiles are -inf."""
+    operands, found = call.operands, []
+    if operands.document_ids_q is not None and operands.document_ids_k is not None:
+        ids = tuple(
+            masks.IdsView(x.contiguous(), opaque(x.shape[1] if x.dim() == 2 else 0))
+            for x in (operands.document_ids_q, operands.document_ids_k)
+        )
+        found.append(masks.Mask(masks.same_document, ids))
+    mask = operands.attn_mask
+    if mask is not None and not mask.is_floating_point():
+        view = matrix_view(mask)._replace(ptr=mask.view(torch.uint8))
+        found.append(masks.Mask(masks.mask_tensor, (view,)))
+    elif mask is not None and classifying:
+        found.append(masks.Mask(masks.finite_mask, (matrix_view(mask),)))
+    return tuple(found)
+
+
+def dropouts(call: Call) -> tuple[dropout.Dropout, ...]:
+    variant, state = call.variant, call.operands.rng_state
+    if variant.dropout_p == 0.0 or state is None:
+        return ()
+    threshold = float(drop_threshold(variant.dropout_p))
+    heads = opaque(call.operands.q.shape[-2])
+    return (dropout.Dropout(state, threshold, 1.0 / (1.0 - variant.dropout_p), heads),)
+
+
+def variant(
+    call: Call, approximate: bool, blocks: schedule.BlockList | None = None
+) -> forward.Variant:
+    return forward.Variant(
+        score_mods(call, approximate), band(call) + tensor_masks(call), dropouts(call), blocks
+    )

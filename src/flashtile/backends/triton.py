@@ -1,0 +1,207 @@
+"""The portable kernels' host side: from a call and its plan to launches.
+
+Every feature of the contract on any GPU that Triton compiles for; no length is read on the host,
+and grids depend on shapes alone, so that a captured graph replays with other lengths.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from flashtile import config
+from flashtile.backends import blocklists, operands, paged
+from flashtile.backends.launch import Launch, run, warm
+from flashtile.backends.operands import row_view, token_view
+from flashtile.backends.torch import Gradients
+from flashtile.kernels import backward as backward_kernels
+from flashtile.kernels import bias as bias_kernels
+from flashtile.kernels import forward as forward_kernels
+from flashtile.kernels import prepare
+from flashtile.plan import Plan
+from flashtile.problem import Call
+from flashtile.tiles import KernelConfig, KernelConfigs
+
+PREPARE_ROWS = 64
+
+
+class _Prepared(NamedTuple):
+    saved: backward_kernels.Saved
+    dsink: Tensor | None
+
+
+def forward(call: Call, plan: Plan) -> tuple[Tensor, Tensor]:
+    """(out, lse) of a call; rows of no sequence and rows that see no key are 0 and -inf."""
+    q, v = call.operands.q, call.operands.v
+    out = q.new_empty((*q.shape[:-1], v.shape[-1]))
+    lse = q.new_empty(call.lse_shape, dtype=torch.float32)
+    run(forward_launch(call, plan, out, lse))
+    return out, lse
+
+
+def forward_launch(call: Call, plan: Plan, out: Tensor, lse: Tensor) -> Launch:
+    configs = _configs(plan)
+    lists = blocklists.by_queries(call)
+    a = operands.arguments(call)
+    variant = operands.variant(call, plan.approximate, lists)
+    tile = operands.tile(call, configs.forward, _precision())
+    return Launch(
+        forward_kernels.attention_forward,
+        _query_grid(call, configs.forward.block_q),
+        (a.q, a.k, a.v, token_view(out), row_view(lse), a.q_seq, a.k_seq, variant,
+         call.operands.learnable_sink, a.scale, a.heads, tile),
+        configs.forward.num_warps, configs.forward.num_stages,
+    )  # fmt: skip
+
+
+def replay(call: Call, plan: Plan) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """forward for other q, k and v of the same metadata, of a dense call without other tensors."""
+    q = call.operands.q
+    shape, lse_shape = (*q.shape[:-1], call.operands.v.shape[-1]), call.lse_shape
+    out, lse = q.new_empty(shape), q.new_empty(lse_shape, dtype=torch.float32)
+    launch = forward_launch(call, plan, out, lse)
+    if launch.grid == 0:
+        return lambda q, k, v: (q.new_empty(shape), q.new_empty(lse_shape, dtype=torch.float32))
+    start = warm(launch)
+    of_q, of_k, of_v, of_out, of_lse = (tuple(view)[1:] for view in launch.arguments[:5])
+    rest, dtype, device = launch.arguments[5:], q.dtype, q.device
+
+    def run_again(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        out = torch.empty(shape, dtype=dtype, device=device)
+        lse = torch.empty(lse_shape, dtype=torch.float32, device=device)
+        start((q, *of_q), (k, *of_k), (v, *of_v), (out, *of_out), (lse, *of_lse), *rest)
+        return out, lse
+
+    return run_again
+
+
+def backward(
+    call: Call,
+    plan: Plan,
+    dout: Tensor,
+    dlse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    needs: tuple[bool, ...],
+) -> Gradients:
+    """The gradients asked for: needs is (q, k, v, bias, learnable_sink)."""
+    if call.sequences.block_table is not None:
+        return paged.backward(call, plan, dout, dlse, out, lse, needs, backward)
+    configs, tensors = _configs(plan), call.operands
+    prepared = _prepare(call, plan, dout, dlse, out, lse, tensors.learnable_sink is not None
+                        and needs[4])  # fmt: skip
+    dq = dk = dv = dbias = None
+    if needs[0]:
+        dq = torch.empty(tensors.q.shape, dtype=tensors.q.dtype, device=tensors.q.device)
+        run(_dq_launch(call, plan, configs.dq, prepared.saved, dq))
+    if needs[1] or needs[2]:
+        dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device)
+                  for x in (tensors.k, tensors.v))  # fmt: skip
+        run(_dkdv_launch(call, plan, configs.dkdv, prepared.saved, dk, dv))
+    if needs[3] and tensors.bias is not None:
+        dbias = _bias_gradient(call, plan, configs.dbias, prepared.saved)
+    return Gradients(dq, dk if needs[1] else None, dv if needs[2] else None, dbias, prepared.dsink)
+
+
+def _configs(plan: Plan) -> KernelConfigs:
+    if plan.kernels is None:
+        raise ValueError(f"plan.kernels is None; the plan is for the {plan.backend} backend")
+    return plan.kernels
+
+
+def _precision() -> str:
+    return "tf32" if config.allow_tf32 else "ieee"
+
+
+def _query_grid(call: Call, block: int) -> int:
+    return _tiles(call.operands.q, call.varlen, call.batch, block) * call.operands.q.shape[-2]
+
+
+def _key_grid(call: Call, block: int) -> int:
+    k = call.operands.k
+    return _tiles(k, k.dim() == 3, call.batch, block) * k.shape[-2]
+
+
+def _tiles(x: Tensor, packed: bool, batch: int, block: int) -> int:
+    """Tiles of all sequences, as `open_tile` counts them."""
+    if packed:
+        return x.shape[0] // block + batch + 1
+    return -(-x.shape[1] // block) * batch
+
+
+def _prepare(
+    call: Call, plan: Plan, dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, sink: bool
+) -> _Prepared:
+    """delta and lse in log2 units, and dsink: what all gradients share."""
+    dout = dout if dout.stride(-1) == 1 else dout.contiguous()
+    rows = lse.new_empty((*lse.shape, 4))
+    grid = _query_grid(call, PREPARE_ROWS)
+    logits = call.operands.learnable_sink if sink else None
+    shares = lse.new_empty((grid,)) if sink else None
+    launch = KernelConfig(PREPARE_ROWS, 16, 4, 1)
+    saved = backward_kernels.Saved(token_view(dout), row_view(lse)._replace(ptr=rows))
+    heads = operands.arguments(call).heads
+    run(Launch(
+        prepare.prepare_backward, grid,
+        (token_view(out), token_view(dout), row_view(lse),
+         None if dlse is None else row_view(dlse.contiguous()), saved.rows,
+         logits, shares, operands.query_sequences(call), heads,
+         operands.tile(call, launch, "ieee")),
+        launch.num_warps, launch.num_stages,
+    ))  # fmt: skip
+    if logits is None or shares is None:
+        return _Prepared(saved, None)
+    batches = 1 if call.varlen else call.batch
+    dsink = shares.view(batches, logits.shape[0], -1).sum((0, 2))
+    return _Prepared(saved, dsink.to(logits.dtype))
+
+
+def _dq_launch(
+    call: Call, plan: Plan, launch: KernelConfig, saved: backward_kernels.Saved, dq: Tensor
+) -> Launch:
+    a = operands.arguments(call)
+    variant = operands.variant(call, plan.approximate, blocklists.by_queries(call))
+    return Launch(
+        backward_kernels.attention_backward_dq, _query_grid(call, launch.block_q),
+        (a.q, a.k, a.v, token_view(dq), saved, a.q_seq, a.k_seq, variant, a.scale, a.heads,
+         operands.tile(call, launch, _precision())),
+        launch.num_warps, launch.num_stages,
+    )  # fmt: skip
+
+
+def _dkdv_launch(
+    call: Call, plan: Plan, launch: KernelConfig, saved: backward_kernels.Saved, dk: Tensor,
+    dv: Tensor,
+) -> Launch:  # fmt: skip
+    a = operands.arguments(call)
+    variant = operands.variant(call, plan.approximate, blocklists.by_keys(call))
+    return Launch(
+        backward_kernels.attention_backward_dkdv, _key_grid(call, launch.block_k),
+        (a.q, a.k, a.v, token_view(dk), token_view(dv), saved, a.q_seq, a.k_seq, variant, a.scale,
+         a.heads, operands.tile(call, launch, _precision())),
+        launch.num_warps, launch.num_stages,
+    )  # fmt: skip
+
+
+def _bias_gradient(
+    call: Call, plan: Plan, launch: KernelConfig, saved: backward_kernels.Saved
+) -> Tensor:
+    """dbias, fp32 sums over what the bias is broadcast in, in the bias's dtype."""
+    a, bias = operands.arguments(call), call.operands.bias
+    assert bias is not None
+    batches, heads, rows, columns = bias.shape
+    grad = torch.zeros(bias.shape, dtype=torch.float32, device=bias.device)
+    walk = -(-call.seqlen_q // launch.block_q) if rows == 1 else 1
+    shape = bias_kernels.BiasShape(*map(operands.opaque, (*bias.shape, walk)))
+    grid = -(-columns // launch.block_k) * -(-rows // launch.block_q) * heads * batches
+    variant = operands.variant(call, plan.approximate)
+    run(Launch(
+        bias_kernels.attention_backward_dbias, grid,
+        (a.q, a.k, a.v, grad, shape, saved, a.q_seq, a.k_seq, variant, a.scale, a.heads,
+         operands.tile(call, launch, _precision())),
+        launch.num_warps, launch.num_stages,
+    ))  # fmt: skip
+    return grad.to(bias.dtype)

@@ -1,0 +1,206 @@
+"""The backward mainloops: dQ by tiles of queries, dK and dV by tiles of keys.
+
+Both recompute the probabilities of a block from lse (Dao, "FlashAttention-2", 2023, algorithm 2).
+Two kernels do seven matrix products where one with atomic additions does five, but each result is
+summed in registers by one program in one order: bitwise deterministic, no fp32 workspace for dQ,
+and the query heads of a KV head need no expanded tensors.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from flashtile.kernels.dropout import keep_keys_by_queries, keep_queries_by_keys
+from flashtile.kernels.masks import At, key_range, query_range, visible
+from flashtile.kernels.numbers import LOG2E, number
+from flashtile.kernels.schedule import block_start, schedule_list, schedule_range
+from flashtile.kernels.scores import apply_with_slope
+from flashtile.kernels.views import (
+    load_pairs,
+    load_tile,
+    open_sequence,
+    open_tile,
+    store_tile,
+    tokens,
+)
+
+
+class Saved(NamedTuple):
+    """What backward knows of the forward, row by row (see `prepare`)."""
+
+    dout: Any  # TokenView
+    rows: Any  # RowView, four floats wide: lse in log2 units, +inf where a row saw no key, so
+    # that p is 0; delta = rowsum(dout * out) - dlse; two unused
+
+
+class KeyGradients(NamedTuple):
+    k: Any  # (BLOCK_N, PADDED) of dK / softmax_scale
+    v: Any  # (BLOCK_N, PADDED_V)
+
+
+class Block(NamedTuple):
+    """The probabilities of one block, and what its gradient needs besides."""
+
+    p: Any
+    kept: Any  # p where dropout keeps it, 0 elsewhere, not rescaled
+    bits: Any  # what dropout keeps, or p
+    slope: Any  # derivative of the score mods
+
+
+@triton.jit
+def recompute(s, lse2, at, first_q, first_k, variant, scale, FULL: tl.constexpr,
+              KEYS_ARE_ROWS: tl.constexpr, TILE: tl.constexpr):  # fmt: skip
+    """The probabilities of a block from its raw scores; lse2 broadcasts to the block."""
+    slope = 1.0
+    unit = scale.log2
+    if len(variant.score_mods) > 0:
+        s, slope = apply_with_slope(variant.score_mods, s * scale.natural, at)
+        unit = LOG2E
+    p = tl.math.exp2(s * unit - lse2)
+    if not FULL:
+        p = tl.where(visible(variant.masks, at), p, 0.0)
+    kept, bits = p, p
+    if len(variant.dropouts) > 0:
+        draw: tl.constexpr = keep_keys_by_queries if KEYS_ARE_ROWS else keep_queries_by_keys
+        bits = draw(variant.dropouts[0], at, first_q, first_k, TILE.block_m, TILE.block_n)
+        kept = tl.where(bits, p, 0.0)
+    return Block(p, kept, bits, slope)
+
+
+@triton.jit
+def score_gradient(block, dp, delta, variant):
+    """ds of the mapped scores; delta broadcasts to the block."""
+    if len(variant.dropouts) > 0:
+        dp = tl.where(block.bits, dp * variant.dropouts[0].rescale, 0.0)
+    return block.p * (dp - delta)
+
+
+@triton.jit
+def query_gradient(dq, q, do, lse2, delta, k, v, k_seq, at, first_q, schedule, variant, scale,
+                   kv_head, FULL: tl.constexpr, TILE: tl.constexpr):  # fmt: skip
+    """Add the partial, or the full, key blocks of a schedule to dQ / softmax_scale."""
+    BLOCK_N: tl.constexpr = TILE.block_n
+    k_base, v_base = tokens(k, k_seq, at.k, kv_head), tokens(v, k_seq, at.k, kv_head)
+    for i in range(schedule.full if FULL else schedule.partial):
+        first = block_start(variant.blocks, schedule, i, FULL, BLOCK_N)
+        here = At(at.batch, at.head, at.q_idx, first + at.k_idx, at.q, at.k)
+        keys = load_tile(k, k_base, k_seq, at.k, first, FULL, BLOCK_N, TILE.dim, TILE.padded)
+        s = tl.dot(q, keys.T, input_precision=TILE.precision)
+        values = load_tile(v, v_base, k_seq, at.k, first, FULL, BLOCK_N, TILE.dim_v, TILE.padded_v)
+        dp = tl.dot(do, values.T, input_precision=TILE.precision)
+        block = recompute(s, lse2[:, None], here, first_q, first, variant, scale, FULL, False,
+                          TILE)  # fmt: skip
+        ds = score_gradient(block, dp, delta[:, None], variant) * block.slope
+        dq = tl.dot(ds.to(keys.dtype), keys, dq, input_precision=TILE.precision)
+    return dq
+
+
+@triton.jit
+def attention_backward_dq(q, k, v, dq, saved, q_seq, k_seq, variant, scale, heads,
+                          TILE: tl.constexpr):  # fmt: skip
+    """One tile of queries of one head: dQ."""
+    BLOCK_M: tl.constexpr = TILE.block_m
+    BLOCK_N: tl.constexpr = TILE.block_n
+    batch, head, first = open_tile(q_seq, number(heads.count), tl.program_id(0), True, BLOCK_M)
+    q_span, k_span = open_sequence(q_seq, batch), open_sequence(k_seq, batch)
+    if (first < 0) | (first >= q_span.room):
+        return
+    rows = first + tl.arange(0, BLOCK_M)
+    at = At(batch, head, rows[:, None], tl.arange(0, BLOCK_N)[None, :], q_span, k_span)
+    q_tile = load_tile(q, tokens(q, q_seq, q_span, head), q_seq, q_span, first, False, BLOCK_M,
+                       TILE.dim, TILE.padded)  # fmt: skip
+    do = load_tile(saved.dout, tokens(saved.dout, q_seq, q_span, head), q_seq, q_span, first,
+                   False, BLOCK_M, TILE.dim_v, TILE.padded_v)  # fmt: skip
+    lse2, delta = load_pairs(saved.rows, q_span, head, first, False, BLOCK_M)
+    if variant.blocks is None:
+        schedule = schedule_range(
+            key_range(variant.masks, first, first + BLOCK_M - 1, q_span, k_span), BLOCK_N
+        )
+    else:
+        schedule = schedule_list(variant.blocks, batch, head, first, BLOCK_N)
+    kv_head = head // number(heads.group)
+    PADDED: tl.constexpr = TILE.padded
+    acc = tl.zeros([BLOCK_M, PADDED], tl.float32)
+    acc = query_gradient(acc, q_tile, do, lse2, delta, k, v, k_seq, at, first, schedule, variant,
+                         scale, kv_head, False, TILE)  # fmt: skip
+    acc = query_gradient(acc, q_tile, do, lse2, delta, k, v, k_seq, at, first, schedule, variant,
+                         scale, kv_head, True, TILE)  # fmt: skip
+    store_tile(dq, acc * scale.natural, tokens(dq, q_seq, q_span, head), q_seq, q_span, first,
+               BLOCK_M, TILE.dim, TILE.padded)  # fmt: skip
+
+
+@triton.jit
+def key_gradient(grads, k, v, q, saved, q_seq, at, first_k, schedule, variant, scale,
+                 FULL: tl.constexpr, TILE: tl.constexpr):  # fmt: skip
+    """Add the partial, or the full, query blocks of a schedule to dK / softmax_scale and dV."""
+    BLOCK_M: tl.constexpr = TILE.block_m
+    q_base = tokens(q, q_seq, at.q, at.head)
+    do_base = tokens(saved.dout, q_seq, at.q, at.head)
+    for i in range(schedule.full if FULL else schedule.partial):
+        first = block_start(variant.blocks, schedule, i, FULL, BLOCK_M)
+        rows = first + tl.arange(0, BLOCK_M)
+        here = At(at.batch, at.head, rows[None, :], at.k_idx, at.q, at.k)
+        queries = load_tile(q, q_base, q_seq, at.q, first, FULL, BLOCK_M, TILE.dim, TILE.padded)
+        s = tl.dot(k, queries.T, input_precision=TILE.precision)
+        do = load_tile(saved.dout, do_base, q_seq, at.q, first, FULL, BLOCK_M, TILE.dim_v,
+                       TILE.padded_v)  # fmt: skip
+        dp = tl.dot(v, do.T, input_precision=TILE.precision)
+        lse2, delta = load_pairs(saved.rows, at.q, at.head, first, FULL, BLOCK_M)
+        block = recompute(s, lse2[None, :], here, first, first_k, variant, scale, FULL, True,
+                          TILE)  # fmt: skip
+        # Before dS, so that the tensor cores are busy while it is computed.
+        dv = tl.dot(block.kept.to(do.dtype), do, grads.v, input_precision=TILE.precision)
+        ds = score_gradient(block, dp, delta[None, :], variant) * block.slope
+        dk = tl.dot(ds.to(queries.dtype), queries, grads.k, input_precision=TILE.precision)
+        grads = KeyGradients(dk, dv)
+    return grads
+
+
+@triton.jit
+def attention_backward_dkdv(q, k, v, dk, dv, saved, q_seq, k_seq, variant, scale, heads,
+                            TILE: tl.constexpr):  # fmt: skip
+    """One tile of keys of one KV head, over all query heads of its group: dK and dV."""
+    BLOCK_M: tl.constexpr = TILE.block_m
+    BLOCK_N: tl.constexpr = TILE.block_n
+    group = number(heads.group)
+    kv_heads = number(heads.count) // group
+    batch, kv_head, first = open_tile(k_seq, kv_heads, tl.program_id(0), False, BLOCK_N)
+    q_span, k_span = open_sequence(q_seq, batch), open_sequence(k_seq, batch)
+    if first >= k_span.room:
+        return
+    columns = first + tl.arange(0, BLOCK_N)
+    k_tile = load_tile(k, tokens(k, k_seq, k_span, kv_head), k_seq, k_span, first, False, BLOCK_N,
+                       TILE.dim, TILE.padded)  # fmt: skip
+    v_tile = load_tile(v, tokens(v, k_seq, k_span, kv_head), k_seq, k_span, first, False, BLOCK_N,
+                       TILE.dim_v, TILE.padded_v)  # fmt: skip
+    PADDED: tl.constexpr = TILE.padded
+    PADDED_V: tl.constexpr = TILE.padded_v
+    grads = KeyGradients(
+        tl.zeros([BLOCK_N, PADDED], tl.float32), tl.zeros([BLOCK_N, PADDED_V], tl.float32)
+    )
+    for member in range(group):
+        head = kv_head * group + member
+        at = At(batch, head, columns[None, :], columns[:, None], q_span, k_span)
+        if variant.blocks is None:
+            schedule = schedule_range(
+                query_range(variant.masks, first, first + BLOCK_N - 1, q_span, k_span), BLOCK_M
+            )
+        else:
+            schedule = schedule_list(variant.blocks, batch, head, first, BLOCK_M)
+        grads = key_gradient(grads, k_tile, v_tile, q, saved, q_seq, at, first, schedule, variant,
+                             scale, False, TILE)  # fmt: skip
+        grads = key_gradient(grads, k_tile, v_tile, q, saved, q_seq, at, first, schedule, variant,
+                             scale, True, TILE)  # fmt: skip
+    rescale = 1.0
+    if len(variant.dropouts) > 0:
+        rescale = variant.dropouts[0].rescale
+    used = (columns < k_span.length)[:, None]
+    grad_k, grad_v = (tl.where(used, grads.k * scale.natural, 0.0),
+                      tl.where(used, grads.v * rescale, 0.0))  # fmt: skip
+    store_tile(dk, grad_k, tokens(dk, k_seq, k_span, kv_head), k_seq, k_span, first, BLOCK_N,
+               TILE.dim, TILE.padded)  # fmt: skip
+    store_tile(dv, grad_v, tokens(dv, k_seq, k_span, kv_head), k_seq, k_span, first, BLOCK_N,
+               TILE.dim_v, TILE.padded_v)  # fmt: skip

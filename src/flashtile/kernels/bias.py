@@ -1,0 +1,90 @@
+"""The gradient of an additive bias: dS summed over the dimensions that the bias is broadcast in.
+
+A program owns one tile of the bias and walks over the heads (and sequences) that share it, so the
+sum is deterministic and nothing of the size of the scores is kept. A bias of one row is summed
+over the tiles of queries as well.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from flashtile.kernels.backward import recompute, score_gradient
+from flashtile.kernels.masks import At, key_range
+from flashtile.kernels.numbers import number
+from flashtile.kernels.views import load_pairs, load_tile, open_sequence, tokens
+
+
+class BiasShape(NamedTuple):
+    """The bias and its gradient, contiguous (batches, heads, rows, columns) fp32; all opaque."""
+
+    batches: Any
+    heads: Any
+    rows: Any
+    columns: Any
+    row_tiles: Any  # tiles of queries that a program walks over: 1, or all for a bias of one row
+
+
+@triton.jit
+def score_tile_gradient(ds, q, k, v, saved, q_seq, k_seq, variant, scale, heads, batch, head,
+                        first_q, first_k, TILE: tl.constexpr):  # fmt: skip
+    """Add one head's dS of a tile (queries by keys) to `ds`."""
+    BLOCK_M: tl.constexpr = TILE.block_m
+    BLOCK_N: tl.constexpr = TILE.block_n
+    q_span, k_span = open_sequence(q_seq, batch), open_sequence(k_seq, batch)
+    r = key_range(variant.masks, first_q, first_q + BLOCK_M - 1, q_span, k_span)
+    if (first_k < r.hi) & (first_k + BLOCK_N > r.lo):
+        kv_head = head // number(heads.group)
+        rows = first_q + tl.arange(0, BLOCK_M)
+        columns = first_k + tl.arange(0, BLOCK_N)
+        at = At(batch, head, rows[:, None], columns[None, :], q_span, k_span)
+        queries = load_tile(q, tokens(q, q_seq, q_span, head), q_seq, q_span, first_q, False,
+                            BLOCK_M, TILE.dim, TILE.padded)  # fmt: skip
+        keys = load_tile(k, tokens(k, k_seq, k_span, kv_head), k_seq, k_span, first_k, False,
+                         BLOCK_N, TILE.dim, TILE.padded)  # fmt: skip
+        do = load_tile(saved.dout, tokens(saved.dout, q_seq, q_span, head), q_seq, q_span,
+                       first_q, False, BLOCK_M, TILE.dim_v, TILE.padded_v)  # fmt: skip
+        values = load_tile(v, tokens(v, k_seq, k_span, kv_head), k_seq, k_span, first_k, False,
+                           BLOCK_N, TILE.dim_v, TILE.padded_v)  # fmt: skip
+        lse2, delta = load_pairs(saved.rows, q_span, head, first_q, False, BLOCK_M)
+        s = tl.dot(queries, keys.T, input_precision=TILE.precision)
+        dp = tl.dot(do, values.T, input_precision=TILE.precision)
+        block = recompute(s, lse2[:, None], at, first_q, first_k, variant, scale, False, False,
+                          TILE)  # fmt: skip
+        ds += score_gradient(block, dp, delta[:, None], variant)
+    return ds
+
+
+@triton.jit
+def attention_backward_dbias(q, k, v, dbias, shape, saved, q_seq, k_seq, variant, scale,
+                             heads, TILE: tl.constexpr):  # fmt: skip
+    """One tile of dbias, over every (batch, head) that shares it."""
+    BLOCK_M: tl.constexpr = TILE.block_m
+    BLOCK_N: tl.constexpr = TILE.block_n
+    columns, rows = number(shape.columns), number(shape.rows)
+    column_tiles = tl.cdiv(columns, BLOCK_N)
+    row_tiles = tl.cdiv(rows, BLOCK_M)
+    tile = tl.program_id(0)
+    first_k, tile = tile % column_tiles * BLOCK_N, tile // column_tiles
+    first_q, tile = tile % row_tiles * BLOCK_M, tile // row_tiles
+    bias_head, bias_batch = tile % number(shape.heads), tile // number(shape.heads)
+    head_step, batch_step = number(shape.heads), number(shape.batches)
+    walk = number(shape.row_tiles)
+    ds = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for batch in range(bias_batch, number(q_seq.batch), batch_step):
+        for head in range(bias_head, number(heads.count), head_step):
+            for i in range(walk):
+                ds = score_tile_gradient(ds, q, k, v, saved, q_seq, k_seq, variant, scale,
+                                         heads, batch, head, first_q + i * BLOCK_M, first_k,
+                                         TILE)  # fmt: skip
+    q_idx, k_idx = first_q + tl.arange(0, BLOCK_M), first_k + tl.arange(0, BLOCK_N)
+    plane = (tl.cast(bias_batch, tl.int64) * number(shape.heads) + bias_head) * rows
+    pointers = dbias + (plane + q_idx[:, None]) * columns + k_idx[None, :]
+    if rows == 1:
+        total = tl.sum(ds, 0)
+        tl.store(dbias + plane * columns + k_idx, total, mask=k_idx < columns)
+    else:
+        tl.store(pointers, ds, mask=(q_idx < rows)[:, None] & (k_idx < columns)[None, :])

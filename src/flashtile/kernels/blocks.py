@@ -1,0 +1,97 @@
+"""Masks given as tensors, classified per tile once, and the lists of blocks that follow.
+
+`classify_blocks` reads every element once and leaves one code a tile of 128 x 128: hidden, partly
+visible or fully. `list_blocks` turns a row of codes (a column, for dK and dV) and the ranges of
+the other masks into the list of blocks that a mainloop walks (FlexAttention's BlockMask, Dong et
+al. 2024, section 3).
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from flashtile.kernels.masks import At, key_range, query_range
+from flashtile.kernels.numbers import number
+from flashtile.kernels.schedule import LIST_BLOCK
+from flashtile.kernels.views import open_sequence
+
+HIDDEN = tl.constexpr(0)
+PARTIAL = tl.constexpr(1)
+FULL = tl.constexpr(2)
+
+
+class CodeGrid(NamedTuple):
+    """Codes (batches, heads, q_tiles, k_tiles) uint8, contiguous; all but ptr opaque."""
+
+    ptr: Any
+    batches: Any  # 1 or batch
+    heads: Any  # 1 or heads
+    q_tiles: Any
+    k_tiles: Any
+
+
+@triton.jit
+def classify_blocks(codes, q_seq, k_seq, masks, CHUNK: tl.constexpr):
+    """The code of one tile, `CHUNK` rows of it at a time."""
+    BLOCK: tl.constexpr = LIST_BLOCK
+    tile = tl.program_id(0)
+    k_tile, rest = tile % number(codes.k_tiles), tile // number(codes.k_tiles)
+    q_tile, rest = rest % number(codes.q_tiles), rest // number(codes.q_tiles)
+    head, batch = rest % number(codes.heads), rest // number(codes.heads)
+    q_span, k_span = open_sequence(q_seq, batch), open_sequence(k_seq, batch)
+    columns = (k_tile * BLOCK + tl.arange(0, BLOCK))[None, :]
+    some, every = 0, 1
+    for start in range(0, BLOCK, CHUNK):
+        rows = (q_tile * BLOCK + start + tl.arange(0, CHUNK))[:, None]
+        at = At(batch, head, rows, columns, q_span, k_span)
+        real = (rows < q_span.length) & (columns < k_span.length)
+        seen = real
+        for i in tl.static_range(len(masks)):
+            seen = seen & masks[i].fn(at, masks[i].args)
+        some = some | tl.max(tl.max(seen.to(tl.int32), 1), 0)
+        every = every & tl.min(tl.min((seen | (rows >= q_span.length)).to(tl.int32), 1), 0)
+    code = tl.where(some == 0, HIDDEN, tl.where(every == 1, FULL, PARTIAL))
+    tl.store(codes.ptr + tile, code.to(tl.uint8))
+
+
+@triton.jit
+def list_blocks(codes, entries, counts, q_seq, k_seq, ranges, heads, TRANSPOSED: tl.constexpr,
+                CHUNK: tl.constexpr):  # fmt: skip
+    """One row of the list: partial blocks from the front, full ones from the back."""
+    BLOCK: tl.constexpr = LIST_BLOCK
+    q_tiles, k_tiles = number(codes.q_tiles), number(codes.k_tiles)
+    own, other = q_tiles, k_tiles
+    if TRANSPOSED:
+        own, other = k_tiles, q_tiles
+    row = tl.program_id(0)
+    tile, rest = row % own, row // own
+    head, batch = rest % number(heads), rest // number(heads)
+    q_span, k_span = open_sequence(q_seq, batch), open_sequence(k_seq, batch)
+    first = tile * BLOCK
+    if TRANSPOSED:
+        r = query_range(ranges, first, first + BLOCK - 1, q_span, k_span)
+    else:
+        r = key_range(ranges, first, first + BLOCK - 1, q_span, k_span)
+    plane = (batch % number(codes.batches)).to(tl.int64) * number(codes.heads)
+    plane = (plane + head % number(codes.heads)) * q_tiles * k_tiles
+    partial, full = 0, 0
+    line = entries + row.to(tl.int64) * other
+    for start in range(0, other, CHUNK):
+        j = start + tl.arange(0, CHUNK)
+        at = j * k_tiles + tile if TRANSPOSED else tile * k_tiles + j
+        code = tl.load(codes.ptr + plane + at, mask=j < other, other=0).to(tl.int32)
+        seen = (code != HIDDEN) & (j * BLOCK < r.hi) & ((j + 1) * BLOCK > r.lo)
+        inside = (j * BLOCK >= r.full_lo) & ((j + 1) * BLOCK <= r.full_hi)
+        is_full = (seen & inside & (code == FULL)).to(tl.int32)
+        is_partial = seen.to(tl.int32) - is_full
+        front = partial + tl.cumsum(is_partial, 0) - 1
+        back = other - 1 - (full + tl.cumsum(is_full, 0) - 1)
+        tl.store(line + front, j, mask=is_partial == 1)
+        tl.store(line + back, j, mask=is_full == 1)
+        partial += tl.sum(is_partial, 0)
+        full += tl.sum(is_full, 0)
+    tl.store(counts + 2 * row, partial)
+    tl.store(counts + 2 * row + 1, full)

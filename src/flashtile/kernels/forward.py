@@ -1,0 +1,139 @@
+"""The forward mainloop: online softmax over the key blocks that a tile of queries sees.
+
+Dao, "FlashAttention-2" (2023), algorithm 1, with the running maximum in base 2 and, where no score
+mod is present, softmax_scale * log2(e) folded into the exponential's one FMA.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from flashtile.kernels.dropout import keep_queries_by_keys
+from flashtile.kernels.masks import At, key_range, visible
+from flashtile.kernels.numbers import LN2, LOG2E, number
+from flashtile.kernels.schedule import block_start, schedule_list, schedule_range
+from flashtile.kernels.scores import apply_score_mods
+from flashtile.kernels.views import (
+    load_tile,
+    open_sequence,
+    open_tile,
+    row_pointers,
+    store_tile,
+    tokens,
+)
+
+
+class Variant(NamedTuple):
+    """What a call does to its scores. Empty tuples cost nothing."""
+
+    score_mods: Any = ()
+    masks: Any = ()
+    dropouts: Any = ()  # none or one
+    blocks: Any = None  # BlockList of the masks, or None
+
+
+class Scale(NamedTuple):
+    natural: Any  # softmax_scale
+    log2: Any  # softmax_scale * log2(e)
+
+
+class Heads(NamedTuple):
+    count: Any  # opaque, query heads
+    group: Any  # opaque, query heads of a KV head
+
+
+class Softmax(NamedTuple):
+    m: Any  # (BLOCK_M,) running max, log2 units
+    l: Any  # (BLOCK_M,) running sum
+    acc: Any  # (BLOCK_M, PADDED_V) unnormalised output
+
+
+@triton.jit
+def start_softmax(sink, head, BLOCK_M: tl.constexpr, PADDED_V: tl.constexpr):
+    """The state before any key: empty, or the sink's logit, a key without a value."""
+    acc = tl.zeros([BLOCK_M, PADDED_V], tl.float32)
+    if sink is None:
+        m = tl.full([BLOCK_M], -float("inf"), tl.float32)
+        return Softmax(m, tl.zeros([BLOCK_M], tl.float32), acc)
+    else:
+        m = tl.zeros([BLOCK_M], tl.float32) + tl.load(sink + head).to(tl.float32) * LOG2E
+        return Softmax(m, tl.where(m == -float("inf"), 0.0, 1.0), acc)
+
+
+@triton.jit
+def softmax_step(state, s, unit, v, kept, TILE: tl.constexpr):
+    """Fold one block of scores and values into the state."""
+    m = tl.maximum(state.m, tl.max(s, 1) * unit)
+    anchor = tl.where(m == -float("inf"), 0.0, m)
+    p = tl.math.exp2(s * unit - anchor[:, None])
+    alpha = tl.math.exp2(state.m - anchor)
+    l = state.l * alpha + tl.sum(p, 1)
+    if kept is not None:
+        p = tl.where(kept, p, 0.0)
+    acc = tl.dot(p.to(v.dtype), v, state.acc * alpha[:, None], input_precision=TILE.precision)
+    return Softmax(m, l, acc)
+
+
+@triton.jit
+def attend(state, q, k, v, k_seq, at, first_q, schedule, variant, scale, kv_head,
+           FULL: tl.constexpr, TILE: tl.constexpr):  # fmt: skip
+    """Fold the partial, or the full, blocks of a schedule into the softmax state."""
+    BLOCK_N: tl.constexpr = TILE.block_n
+    k_base, v_base = tokens(k, k_seq, at.k, kv_head), tokens(v, k_seq, at.k, kv_head)
+    for i in range(schedule.full if FULL else schedule.partial):
+        first = block_start(variant.blocks, schedule, i, FULL, BLOCK_N)
+        here = At(at.batch, at.head, at.q_idx, first + at.k_idx, at.q, at.k)
+        keys = load_tile(k, k_base, k_seq, at.k, first, FULL, BLOCK_N, TILE.dim, TILE.padded)
+        s = tl.dot(q, keys.T, input_precision=TILE.precision)
+        unit = scale.log2
+        if len(variant.score_mods) > 0:
+            s = apply_score_mods(variant.score_mods, s * scale.natural, here)
+            unit = LOG2E
+        if not FULL:
+            s = tl.where(visible(variant.masks, here), s, -float("inf"))
+        kept = None
+        if len(variant.dropouts) > 0:
+            kept = keep_queries_by_keys(variant.dropouts[0], here, first_q, first, TILE.block_m,
+                                        BLOCK_N)  # fmt: skip
+        values = load_tile(v, v_base, k_seq, at.k, first, FULL, BLOCK_N, TILE.dim_v, TILE.padded_v)
+        state = softmax_step(state, s, unit, values, kept, TILE)
+    return state
+
+
+@triton.jit
+def attention_forward(q, k, v, out, lse, q_seq, k_seq, variant, sink, scale, heads,
+                      TILE: tl.constexpr):  # fmt: skip
+    """One tile of queries of one head: out and lse."""
+    BLOCK_M: tl.constexpr = TILE.block_m
+    BLOCK_N: tl.constexpr = TILE.block_n
+    batch, head, first = open_tile(q_seq, number(heads.count), tl.program_id(0), True, BLOCK_M)
+    q_span, k_span = open_sequence(q_seq, batch), open_sequence(k_seq, batch)
+    if (first < 0) | (first >= q_span.room):
+        return
+    rows = first + tl.arange(0, BLOCK_M)
+    at = At(batch, head, rows[:, None], tl.arange(0, BLOCK_N)[None, :], q_span, k_span)
+    q_tile = load_tile(q, tokens(q, q_seq, q_span, head), q_seq, q_span, first, False, BLOCK_M,
+                       TILE.dim, TILE.padded)  # fmt: skip
+    if variant.blocks is None:
+        schedule = schedule_range(
+            key_range(variant.masks, first, first + BLOCK_M - 1, q_span, k_span), BLOCK_N
+        )
+    else:
+        schedule = schedule_list(variant.blocks, batch, head, first, BLOCK_N)
+    state = start_softmax(sink, head, BLOCK_M, TILE.padded_v)
+    kv_head = head // number(heads.group)
+    state = attend(state, q_tile, k, v, k_seq, at, first, schedule, variant, scale, kv_head,
+                   False, TILE)  # fmt: skip
+    state = attend(state, q_tile, k, v, k_seq, at, first, schedule, variant, scale, kv_head,
+                   True, TILE)  # fmt: skip
+    empty = (state.l == 0.0) | (rows >= q_span.length)
+    factor = tl.where(empty, 0.0, 1.0 / tl.where(empty, 1.0, state.l))
+    if len(variant.dropouts) > 0:
+        factor *= variant.dropouts[0].rescale
+    row_lse = tl.where(empty, -float("inf"), (state.m + tl.math.log2(state.l)) * LN2)
+    store_tile(out, state.acc * factor[:, None], tokens(out, q_seq, q_span, head), q_seq, q_span,
+               first, BLOCK_M, TILE.dim_v, TILE.padded_v)  # fmt: skip
+    tl.store(row_pointers(lse, q_span, head, rows), row_lse, mask=rows < q_span.room)

@@ -1,0 +1,173 @@
+"""Masks: which keys a query sees, and the block ranges that this implies, in both directions.
+
+`fn(at, args)` is the element predicate. `keys(first, last, at, args)` gives the keys that the
+queries first..last may see ([lo, hi)) and those that all of them see ([full_lo, full_hi));
+`queries` is its transpose. A mask without ranges says `anywhere`: nothing skipped, nothing full.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from flashtile.kernels.numbers import number
+
+
+class At(NamedTuple):
+    """Where a tile of the attention matrix lies. Shapes broadcast to the tile, either way round."""
+
+    batch: Any
+    head: Any
+    q_idx: Any  # (BLOCK_M, 1), or (1, BLOCK_M) where keys are the rows
+    k_idx: Any  # (1, BLOCK_N), or (BLOCK_N, 1)
+    q: Any  # Span of the queries
+    k: Any  # Span of the keys
+
+
+class Range(NamedTuple):
+    """Columns [lo, hi) may be seen by some row of a block, [full_lo, full_hi) are by all."""
+
+    lo: Any
+    full_lo: Any
+    full_hi: Any
+    hi: Any
+
+
+@triton.jit
+def anywhere(first, last, q, k, args):
+    """The range of an unknown mask: it may see everything, and surely nothing."""
+    return Range(0, 0, 0, 2147483647)
+
+
+class Mask(NamedTuple):
+    fn: Any
+    args: Any = ()
+    keys: Any = anywhere
+    queries: Any = anywhere
+
+
+@triton.jit
+def not_later(at, args):
+    """Keys at most `right` after the bottom-right diagonal; causal is right == 0."""
+    return at.k_idx <= at.q_idx + (at.k.length - at.q.length + number(args[0]))
+
+
+@triton.jit
+def not_later_keys(first, last, q, k, args):
+    right = k.length - q.length + number(args[0])
+    return Range(0, 0, first + right + 1, last + right + 1)
+
+
+@triton.jit
+def not_later_queries(first, last, q, k, args):
+    right = k.length - q.length + number(args[0])
+    return Range(first - right, last - right, 2147483647, 2147483647)
+
+
+@triton.jit
+def not_earlier(at, args):
+    """Keys at most `left` before the bottom-right diagonal."""
+    return at.k_idx >= at.q_idx + (at.k.length - at.q.length - number(args[0]))
+
+
+@triton.jit
+def not_earlier_keys(first, last, q, k, args):
+    left = k.length - q.length - number(args[0])
+    return Range(first + left, last + left, 2147483647, 2147483647)
+
+
+@triton.jit
+def not_earlier_queries(first, last, q, k, args):
+    left = k.length - q.length - number(args[0])
+    return Range(0, 0, first - left + 1, last - left + 1)
+
+
+class MatrixView(NamedTuple):
+    """A (1 | batch, 1 | heads, 1 | seqlen_q, seqlen_k) operand; strides of broadcast dims are 0."""
+
+    ptr: Any
+    stride_batch: Any
+    stride_head: Any
+    stride_q: Any
+    stride_k: Any
+
+
+class IdsView(NamedTuple):
+    """Integers of tokens: (batch, token), or (token,) with stride_batch 0."""
+
+    ptr: Any
+    stride_batch: Any  # opaque
+
+
+@triton.jit
+def matrix_pointers(x, at):
+    """Addresses of a tile's elements, and which of them lie in the sequences."""
+    base = x.ptr + tl.cast(at.batch, tl.int64) * x.stride_batch
+    base += tl.cast(at.head, tl.int64) * x.stride_head
+    rows = at.q_idx.to(tl.int64) * x.stride_q
+    columns = (at.k_idx + at.k.leftpad).to(tl.int64) * x.stride_k
+    inside = (at.q_idx < at.q.length) & (at.k_idx < at.k.length)
+    return base + rows + columns, inside
+
+
+@triton.jit
+def load_matrix(x, at):
+    """A tile of a MatrixView, 0 outside the sequences."""
+    pointers, inside = matrix_pointers(x, at)
+    return tl.load(pointers, mask=inside, other=0)
+
+
+@triton.jit
+def mask_tensor(at, args):
+    """A bool tensor (as bytes), true where seen."""
+    return load_matrix(args[0], at) != 0
+
+
+@triton.jit
+def finite_mask(at, args):
+    """A float tensor that is added to the scores hides what it sets to -inf."""
+    return load_matrix(args[0], at) != -float("inf")
+
+
+@triton.jit
+def same_document(at, args):
+    q_at = at.q.batch * number(args[0].stride_batch) + at.q.start + at.q_idx
+    k_at = at.k.batch * number(args[1].stride_batch) + at.k.start + at.k_idx
+    q_ids = tl.load(args[0].ptr + q_at, mask=at.q_idx < at.q.length, other=0)
+    k_ids = tl.load(args[1].ptr + k_at, mask=at.k_idx < at.k.length, other=0)
+    return q_ids == k_ids
+
+
+@triton.jit
+def visible(masks, at):
+    """The conjunction of all masks and of the end of the keys."""
+    seen = (at.k_idx < at.k.length) & (at.q_idx >= 0)
+    for i in tl.static_range(len(masks)):
+        seen = seen & masks[i].fn(at, masks[i].args)
+    return seen
+
+
+@triton.jit
+def key_range(masks, first, last, q, k):
+    """Fold the masks' ranges for the queries first..last; empty where there are no queries."""
+    lo, full_lo, full_hi = 0, 0, k.length
+    hi = tl.where(first < q.length, k.length, 0)
+    for i in tl.static_range(len(masks)):
+        r = masks[i].keys(first, last, q, k, masks[i].args)
+        lo, full_lo = tl.maximum(lo, r.lo), tl.maximum(full_lo, r.full_lo)
+        full_hi, hi = tl.minimum(full_hi, r.full_hi), tl.minimum(hi, r.hi)
+    return Range(lo, full_lo, full_hi, hi)
+
+
+@triton.jit
+def query_range(masks, first, last, q, k):
+    """Fold the masks' ranges for the keys first..last; empty where there are no keys."""
+    lo, full_lo, full_hi = 0, 0, q.length
+    hi = tl.where(first < k.length, q.length, 0)
+    for i in tl.static_range(len(masks)):
+        r = masks[i].queries(first, last, q, k, masks[i].args)
+        lo, full_lo = tl.maximum(lo, r.lo), tl.maximum(full_lo, r.full_lo)
+        full_hi, hi = tl.minimum(full_hi, r.full_hi), tl.minimum(hi, r.hi)
+    return Range(lo, full_lo, full_hi, hi)

@@ -1,0 +1,76 @@
+"""Which blocks a tile folds in: first those that need their masks, then those that do not.
+
+Without a block list the masks' ranges say it; with one (masks given as tensors, see `blocks`) a
+row of the list does. Either way block i is found from i alone, which keeps the mainloop's loads
+pipelined.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from flashtile.kernels.numbers import number
+
+LIST_BLOCK = tl.constexpr(128)
+"""Edge of the tiles that a block list counts in; the mainloops' blocks divide it."""
+
+
+class BlockList(NamedTuple):
+    """Per (batch, head, tile): blocks that need masks from the front, full ones from the back."""
+
+    entries: Any  # (batch, 1 | heads, tiles, blocks) int32
+    counts: Any  # (batch, 1 | heads, tiles, 2) int32: how many need masks, how many are full
+    stride_batch: Any  # opaque, in tiles
+    stride_head: Any  # opaque, in tiles
+    blocks: Any  # opaque
+
+
+class Schedule(NamedTuple):
+    partial: Any  # how many blocks need masks
+    full: Any  # how many do not
+    lo: Any  # first index of the blocks left of the full ones
+    left: Any  # how many those are
+    full_lo: Any
+    full_hi: Any  # first index of the blocks right of the full ones
+    row: Any  # where this tile's row of the list begins
+
+
+@triton.jit
+def schedule_range(r, BLOCK: tl.constexpr):
+    """The blocks of a Range, rounded to whole blocks."""
+    lo = r.lo // BLOCK * BLOCK
+    hi = tl.cdiv(r.hi, BLOCK) * BLOCK
+    full_lo = tl.minimum(tl.maximum(tl.cdiv(r.full_lo, BLOCK) * BLOCK, lo), tl.maximum(hi, lo))
+    full_hi = tl.maximum(r.full_hi // BLOCK * BLOCK, full_lo)
+    left = (full_lo - lo) // BLOCK
+    right = tl.maximum(hi - full_hi, 0) // BLOCK
+    return Schedule(left + right, (full_hi - full_lo) // BLOCK, lo, left, full_lo, full_hi, 0)
+
+
+@triton.jit
+def schedule_list(blocks, batch, head, first, BLOCK: tl.constexpr):
+    """The blocks of a list's row."""
+    tile = tl.cast(batch, tl.int64) * number(blocks.stride_batch)
+    tile += head * number(blocks.stride_head) + first // LIST_BLOCK
+    split = LIST_BLOCK // BLOCK
+    partial, full = tl.load(blocks.counts + 2 * tile), tl.load(blocks.counts + 2 * tile + 1)
+    row = tile * number(blocks.blocks)
+    return Schedule(partial * split, full * split, 0, 0, 0, 0, row)
+
+
+@triton.jit
+def block_start(blocks, schedule, i, FULL: tl.constexpr, BLOCK: tl.constexpr):
+    """First index of the i-th partial, or full, block."""
+    if blocks is not None:
+        split: tl.constexpr = LIST_BLOCK // BLOCK
+        at = number(blocks.blocks) - 1 - i // split if FULL else i // split
+        inner = (i - i // split * split) * BLOCK
+        return tl.load(blocks.entries + schedule.row + at) * LIST_BLOCK + inner
+    elif FULL:
+        return schedule.full_lo + i * BLOCK
+    else:
+        left, right = schedule.lo + i * BLOCK, schedule.full_hi + (i - schedule.left) * BLOCK
+        return tl.where(i < schedule.left, left, right)

@@ -1,0 +1,201 @@
+"""Where rows lie: tensors by their strides, sequences dense, packed, padded, cached or paged.
+
+The mainloops see logical row numbers of one sequence; only this file knows storage. All addresses
+are computed in 64 bits. Absent (None) fields vanish at compile time.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from flashtile.kernels.numbers import number
+
+
+class TokenView(NamedTuple):
+    """A (batch, token, head, dim) operand, or (token, head, dim) with stride_batch 0."""
+
+    ptr: Any
+    stride_batch: Any  # of pages when the sequence is paged
+    stride_token: Any
+    stride_head: Any
+    far: Any = None  # present where a block of rows spans 2^31 elements: offsets in 64 bits
+
+
+class RowView(NamedTuple):
+    """fp32 of each row and head: (batch, heads, length), or (heads, total) when packed."""
+
+    ptr: Any
+    stride_batch: Any  # opaque, in rows
+    stride_head: Any  # opaque, in rows
+
+
+class Sequences(NamedTuple):
+    """Where the sequences of q, or of k and v, lie."""
+
+    batch: Any  # opaque, how many
+    length: Any  # opaque, tokens of each; of all together when packed; slots when paged
+    cu_seqlens: Any = None  # (batch + 1,)
+    used: Any = None  # (batch,) tokens in use, counted from slot 0
+    leftpad: Any = None  # (batch,) unused slots before the first token
+    batch_row: Any = None  # (batch,) row of the tensor that holds the sequence
+    table: Any = None  # (batch, max_pages)
+    table_stride: Any = None
+    page_size: Any = None  # opaque
+
+
+class Span(NamedTuple):
+    """One sequence, opened."""
+
+    batch: Any  # int64
+    row: Any  # int64, index of the batch dimension of a TokenView
+    start: Any  # int64, first token in the token dimension
+    length: Any  # rows in use
+    room: Any  # rows allotted: those past `length` are padding
+    leftpad: Any  # slots before the first token
+
+
+@triton.jit
+def open_sequence(seq, batch):
+    """Read what there is to know of one sequence. `batch` may be the number of sequences: the
+    rows past the last offset of a packed tensor, all of them padding."""
+    leftpad = 0
+    row = tl.cast(batch, tl.int64)
+    if seq.cu_seqlens is None:
+        start = 0
+        room = number(seq.length)
+        if seq.leftpad is not None:
+            leftpad = tl.load(seq.leftpad + batch)
+        if seq.batch_row is not None:
+            row = tl.load(seq.batch_row + batch).to(tl.int64)
+        length = room
+    else:
+        row = row * 0
+        start = tl.load(seq.cu_seqlens + batch)
+        last = batch == number(seq.batch)
+        stop = tl.load(seq.cu_seqlens + batch + 1, mask=batch < number(seq.batch), other=0)
+        room = tl.where(last, number(seq.length), stop) - start
+        length = tl.where(last, 0, room)
+    if seq.table is not None:
+        start = 0
+    if seq.used is not None:
+        used = tl.load(seq.used + batch, mask=batch < number(seq.batch), other=0)
+        length = tl.minimum(used, number(seq.length) if seq.table is not None else room)
+    length = tl.maximum(length - leftpad, 0)
+    start = tl.cast(start, tl.int64) + leftpad
+    return Span(tl.cast(batch, tl.int64), row, start, length, room, leftpad)
+
+
+@triton.jit
+def open_tile(seq, heads, tile, REVERSED: tl.constexpr, BLOCK: tl.constexpr):
+    """(batch, head, first row) of a tile; heads outermost, so that neighbours share K and V.
+
+    Packed sequence b owns the slots from cu_seqlens[b] // BLOCK + b on, at least as many as it has
+    tiles, so a grid of total // BLOCK + batch + 1 covers any lengths without knowing them.
+    """
+    length, batches = number(seq.length), number(seq.batch)
+    if seq.cu_seqlens is None:
+        tiles = tl.cdiv(length, BLOCK)
+        head, batch = tile // tiles % heads, tile // tiles // heads
+        index = tile % tiles
+    else:
+        tiles = length // BLOCK + batches + 1
+        head, slot = tile // tiles, tile % tiles
+        batch, above = slot * 0, batches + 1
+        while above - batch > 1:
+            middle = (batch + above) // 2
+            owned = tl.load(seq.cu_seqlens + middle) // BLOCK + middle <= slot
+            batch, above = tl.where(owned, middle, batch), tl.where(owned, above, middle)
+        index = slot - (tl.load(seq.cu_seqlens + batch) // BLOCK + batch)
+        if REVERSED:
+            next_start = tl.load(seq.cu_seqlens + batch + 1, mask=batch < batches, other=0)
+            next_start = tl.where(batch < batches, next_start, length)
+            tiles = tl.cdiv(next_start - tl.load(seq.cu_seqlens + batch), BLOCK)
+    if REVERSED:
+        index = tiles - 1 - index
+    return batch, head, index * BLOCK
+
+
+@triton.jit
+def tokens(x, seq, span, head):
+    """The address of a sequence's first row, or of the pool of pages."""
+    base = x.ptr + tl.cast(head, tl.int64) * x.stride_head
+    if seq.table is None:
+        base += span.row * x.stride_batch + span.start * x.stride_token
+    return base
+
+
+@triton.jit
+def tile_pointers(x, base, seq, span, first, BLOCK: tl.constexpr, PADDED: tl.constexpr):
+    """(BLOCK, PADDED) addresses of rows first, first + 1, ... of a sequence."""
+    idx, dims = tl.arange(0, BLOCK), tl.arange(0, PADDED)
+    if seq.table is None:
+        # 32-bit offsets from a 64-bit scalar: half the registers of a tile of 64-bit addresses.
+        rows = idx if x.far is None else idx.to(tl.int64)
+        offsets = (rows * x.stride_token)[:, None] + dims[None, :]
+        return base + tl.cast(first, tl.int64) * x.stride_token + offsets
+    else:
+        size = number(seq.page_size)
+        idx = first + idx
+        table = seq.table + span.batch * seq.table_stride
+        page = tl.load(table + idx // size, mask=idx < span.length, other=0).to(tl.int64)
+        rows = page * x.stride_batch + (idx % size).to(tl.int64) * x.stride_token
+        return base + rows[:, None] + dims[None, :]
+
+
+@triton.jit
+def load_tile(x, base, seq, span, first, INSIDE: tl.constexpr, BLOCK: tl.constexpr,
+              DIM: tl.constexpr, PADDED: tl.constexpr):  # fmt: skip
+    """(BLOCK, PADDED) rows, 0 past the sequence's end and past DIM. INSIDE: all rows are valid."""
+    dims = tl.arange(0, PADDED)
+    pointers = tile_pointers(x, base, seq, span, first, BLOCK, PADDED)
+    if INSIDE and DIM == PADDED:
+        return tl.load(pointers)
+    elif INSIDE:
+        return tl.load(pointers, mask=(dims < DIM)[None, :], other=0.0)
+    else:
+        valid = (first + tl.arange(0, BLOCK) < span.length)[:, None]
+        if DIM != PADDED:
+            valid = valid & (dims < DIM)[None, :]
+        return tl.load(pointers, mask=valid, other=0.0)
+
+
+@triton.jit
+def store_tile(x, tile, base, seq, span, first, BLOCK: tl.constexpr, DIM: tl.constexpr,
+               PADDED: tl.constexpr):  # fmt: skip
+    """Write rows as far as the sequence has room, padding included."""
+    dims = tl.arange(0, PADDED)
+    pointers = tile_pointers(x, base, seq, span, first, BLOCK, PADDED)
+    valid = (first + tl.arange(0, BLOCK) < span.room)[:, None]
+    if DIM != PADDED:
+        valid = valid & (dims < DIM)[None, :]
+    tl.store(pointers, tile.to(x.ptr.dtype.element_ty), mask=valid)
+
+
+@triton.jit
+def row_pointers(x, span, head, idx, WIDTH: tl.constexpr = 1):
+    """Addresses of a RowView's entries for rows `idx` of a sequence."""
+    row = span.row * number(x.stride_batch) + tl.cast(head, tl.int64) * number(x.stride_head)
+    return x.ptr + WIDTH * (row + span.start) + WIDTH * idx
+
+
+@triton.jit
+def load_pairs(x, span, head, first, INSIDE: tl.constexpr, BLOCK: tl.constexpr):
+    """The two numbers of rows first, first + 1, ... of a RowView whose rows are four floats wide;
+    (0, 0) past the sequence's end.
+
+    A vector of fewer elements than threads would be loaded by every thread for itself, element by
+    element: 32 of 40 loads in the loop of dK and dV at head dim 128. 16 bytes a row are one load.
+    """
+    rows = first + tl.arange(0, BLOCK)
+    pointers = row_pointers(x, span, head, rows, 4)[:, None] + tl.arange(0, 4)[None, :]
+    if INSIDE:
+        four = tl.load(pointers)
+    else:
+        four = tl.load(pointers, mask=(rows < span.length)[:, None], other=0.0)
+    even, odd = tl.split(tl.reshape(four, [BLOCK, 2, 2]))
+    first_number, _ = tl.split(even)
+    second_number, _ = tl.split(odd)
+    return first_number, second_number

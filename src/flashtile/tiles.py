@@ -1,0 +1,151 @@
+"""Tiles of the Triton kernels: block edges, warps and pipeline stages, by architecture.
+
+Pure functions of metadata. Shared memory is estimated from the same description that the kernels
+allocate by, so that a tile which does not fit an architecture is shrunk before anything compiles.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+SHARED_LIMIT = {
+    "sm_80": 166_912,
+    "sm_86": 101_376,
+    "sm_89": 101_376,
+    "sm_90": 232_448,
+    "sm_100": 232_448,
+    "sm_103": 232_448,
+    "sm_120": 101_376,
+    "gfx942": 65_536,
+}
+"""Bytes of shared memory that one block may use (CUDA C++ Programming Guide, table "Technical
+Specifications per Compute Capability"; AMD CDNA 3 ISA, section 1)."""
+
+LEAST_SHARED = 65_536
+"""The limit assumed of an architecture that is not listed."""
+
+KERNELS = ("forward", "dq", "dkdv", "dbias")
+
+
+@dataclass(frozen=True)
+class KernelConfig:
+    """How one kernel is launched."""
+
+    block_q: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class KernelConfigs:
+    """The kernels of the Triton backend."""
+
+    forward: KernelConfig
+    dq: KernelConfig
+    dkdv: KernelConfig
+    dbias: KernelConfig
+
+
+def padded_dim(dim: int) -> int:
+    """The power of two that holds a head dim; a matrix instruction is at least 16 deep."""
+    return max(16, 1 << (dim - 1).bit_length())
+
+
+def shared_bytes(kernel: str, config: KernelConfig, dim: int, dim_v: int, element: int) -> int:
+    """Shared memory of a kernel: what stays for its whole run, and `num_stages` of what streams."""
+    both = element * (padded_dim(dim) + padded_dim(dim_v))
+    m, n, stages = config.block_q, config.block_k, config.num_stages
+    if kernel == "forward":
+        return m * padded_dim(dim) * element + stages * n * both
+    if kernel == "dq":
+        return m * both + stages * n * both + m * n * element
+    if kernel == "dkdv":
+        return n * both + stages * m * (both + 8) + m * n * element
+    return (m + n) * both
+
+
+def configs(arch: str, dtype: str, head_dim: int, head_dim_v: int, banded: bool) -> KernelConfigs:
+    """The launch of every kernel for a head dim, dtype and architecture.
+
+    banded: causality or a window is all that happens to the scores.
+    """
+    element = 4 if dtype == "float32" else 2
+    limit = SHARED_LIMIT.get(arch, LEAST_SHARED)
+    tables = _tables(arch, element)
+    column = next(i for i, top in enumerate(_DIMS) if padded_dim(max(head_dim, head_dim_v)) <= top)
+    found = {}
+    for name in KERNELS:
+        numbers = tables[name][column]
+        if banded and (arch, name, column) in _BANDED:
+            numbers = _BANDED[arch, name, column]
+        found[name] = _fit(name, KernelConfig(*numbers), head_dim, head_dim_v, element, limit)
+    return KernelConfigs(**found)
+
+
+def _tables(arch: str, element: int) -> _Table:
+    if element == 4:
+        return _FP32
+    return _HALF_BY_ARCH.get(arch, _HALF)
+
+
+def _fit(
+    kernel: str, config: KernelConfig, dim: int, dim_v: int, element: int, limit: int
+) -> KernelConfig:
+    """Shrink stages, then the streamed edge, then the other, until shared memory suffices."""
+    while shared_bytes(kernel, config, dim, dim_v, element) > limit:
+        streamed, kept = ("block_k", "block_q") if kernel != "dkdv" else ("block_q", "block_k")
+        if config.num_stages > 2:
+            config = replace(config, num_stages=config.num_stages - 1)
+        elif getattr(config, streamed) > 32:
+            config = replace(config, **{streamed: getattr(config, streamed) // 2})
+        elif getattr(config, kept) > 32:
+            config = replace(config, **{kept: getattr(config, kept) // 2})
+        elif config.num_stages > 1:
+            config = replace(config, num_stages=config.num_stages - 1)
+        else:
+            config = replace(config, **{streamed: 16})
+            break
+    return config
+
+
+_Numbers = tuple[int, int, int, int]  # block_q, block_k, num_warps, num_stages
+_Table = dict[str, tuple[_Numbers, ...]]
+
+_DIMS = (64, 128, 256, 512)
+"""Columns of the tables: head dims up to these."""
+
+_HALF: _Table = {
+    "forward": ((128, 64, 4, 3), (128, 64, 8, 3), (128, 32, 8, 3), (64, 32, 8, 2)),
+    "dq": ((128, 64, 8, 2), (128, 64, 8, 2), (64, 32, 8, 2), (32, 16, 8, 1)),
+    "dkdv": ((64, 128, 8, 2), (64, 64, 8, 2), (32, 64, 8, 2), (16, 32, 8, 1)),
+    "dbias": ((64, 64, 4, 1), (64, 64, 8, 1), (64, 64, 8, 1), (32, 32, 8, 1)),
+}
+
+# Measured on an H200 (bf16, 16,384 tokens, hidden size 2,048; TFLOP/s at seqlen 2k / 16k, the next
+# best tile in brackets): forward d128 446 / 501 (443 / 474 with four stages), d256 479 / 498 (446 /
+# 465 with 32 keys); dq d64 618 / 623 (566 / 579), d128 610 / 632 (551 / 602), d256 566 / 609 (431 /
+# 448); dkdv d64 495 / 508 (472 / 508), d128 576 / 607 (498 / 518), d256 276 / 286 (251 / 245).
+_SM_90: _Table = {
+    "forward": ((128, 64, 4, 3), (128, 64, 8, 3), (128, 64, 8, 2), (64, 32, 8, 2)),
+    "dq": ((128, 64, 4, 3), (128, 64, 8, 3), (128, 32, 8, 3), (32, 16, 8, 1)),
+    "dkdv": ((64, 64, 4, 3), (64, 128, 8, 3), (64, 64, 8, 2), (16, 32, 8, 1)),
+    "dbias": ((64, 64, 4, 1), (64, 64, 8, 1), (64, 64, 8, 1), (32, 32, 8, 1)),
+}
+
+_HALF_BY_ARCH = {"sm_90": _SM_90}
+
+_FP32: _Table = {
+    "forward": ((64, 32, 4, 2), (32, 32, 4, 2), (32, 16, 4, 2), (16, 16, 4, 1)),
+    "dq": ((32, 32, 4, 2), (32, 32, 4, 2), (16, 16, 4, 2), (16, 16, 4, 1)),
+    "dkdv": ((32, 32, 4, 2), (32, 32, 4, 2), (16, 16, 4, 2), (16, 16, 4, 1)),
+    "dbias": ((32, 32, 4, 1), (32, 32, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
+}
+
+_BANDED: dict[tuple[str, str, int], _Numbers] = {
+    # Causal at 16k: 520 TFLOP/s, 479 with 64 keys; a feature more would spill.
+    ("sm_90", "forward", 1): (128, 128, 8, 3),
+    # Causal at 2k / 16k: 474 / 560 TFLOP/s, 430 / 543 with 128 queries.
+    ("sm_90", "dq", 0): (64, 64, 4, 2),
+}
+"""Tiles that are better where causality or a window is all there is, by column of _DIMS."""
