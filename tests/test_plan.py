@@ -88,8 +88,8 @@ def test_triton_does_what_its_accumulators_hold() -> None:
                                   (512, 512)], ids=str)  # fmt: skip
 def test_tiles_fit_shared_memory(arch: str, dtype: str, dims: tuple[int, int]) -> None:
     element = 4 if dtype == "float32" else 2
-    for banded in (False, True):
-        chosen = configs(arch, dtype, *dims, banded)
+    for kind in ("", "banded", "dropout"):
+        chosen = configs(arch, dtype, *dims, kind)
         for kernel in KERNELS:
             config = getattr(chosen, kernel)
             assert shared_bytes(kernel, config, *dims, element) <= SHARED_LIMIT[arch]

@@ -141,37 +141,66 @@ def _fake_with_kvcache(k: Any, v: Any, cos: Any, sin: Any, interleaved: Any, *ar
     return _fake_forward(*args)
 
 
-def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    tensors = [x for x in inputs if isinstance(x, Tensor)]
-    ctx.save_for_backward(*tensors, *output)
-    ctx.arguments = [None if isinstance(x, Tensor) else x for x in inputs]
-    ctx.is_tensor = [isinstance(x, Tensor) for x in inputs]
-    ctx.set_materialize_grads(False)
+class _Attention(torch.autograd.Function):
+    """Autograd of `forward`. `torch.library.register_autograd` would cost 400 us a call: it walks
+    the schema's 26 arguments once for each of them."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
+        with torch._C._AutoDispatchBelowAutograd():
+            out, lse = torch.ops.flashtile.forward.default(*args)
+        ctx.save_for_backward(*(x for x in args if isinstance(x, Tensor)), out, lse)
+        ctx.arguments = [None if isinstance(x, Tensor) else x for x in args]
+        ctx.is_tensor = [isinstance(x, Tensor) for x in args]
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
+        *tensors, out, lse = ctx.saved_tensors
+        saved = iter(tensors)
+        flat = [
+            next(saved) if tensor else other
+            for tensor, other in zip(ctx.is_tensor, ctx.arguments, strict=True)
+        ]
+        gradients: list[Tensor | None] = [None] * len(flat)
+        needs = [ctx.needs_input_grad[at] for at in _POSITIONS]
+        if any(needs) and not (dout is None and dlse is None):
+            dout = torch.zeros_like(out) if dout is None else dout
+            found = iter(torch.ops.flashtile.backward.default(dout, dlse, out, lse, *flat, needs))
+            for at, need in zip(_POSITIONS, needs, strict=True):
+                gradients[at] = next(found) if need else None
+        return tuple(gradients)
 
 
-def _autograd_backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
-    *tensors, out, lse = ctx.saved_tensors
-    saved = iter(tensors)
-    flat = [
-        next(saved) if tensor else other
-        for tensor, other in zip(ctx.is_tensor, ctx.arguments, strict=True)
-    ]
-    gradients: list[Tensor | None] = [None] * len(flat)
-    needs = [ctx.needs_input_grad[at] for at in _POSITIONS]
-    if any(needs) and not (dout is None and dlse is None):
-        dout = torch.zeros_like(out) if dout is None else dout
-        found = torch.ops.flashtile.backward.default(dout, dlse, out, lse, *flat, needs)
-        for at, grad in zip([p for p, n in zip(_POSITIONS, needs, strict=True) if n], found,
-                            strict=True):  # fmt: skip
-            gradients[at] = grad
-    return tuple(gradients)
+class _Gradients(torch.autograd.Function):
+    """Autograd of `backward`: there is none."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
+        with torch._C._AutoDispatchBelowAutograd():
+            return tuple(torch.ops.flashtile.backward.default(*args))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise RuntimeError(
+            "flashtile has no second derivative: backward was called through a gradient of "
+            "attention (create_graph=True). flashtile.reference.attention is differentiable any "
+            "number of times."
+        )
 
 
-def _no_double_backward(ctx: Any, *grads: Any) -> None:
-    raise RuntimeError(
-        "flashtile has no second derivative: backward was called through a gradient of attention "
-        "(create_graph=True). flashtile.reference.attention is differentiable any number of times."
-    )
+def _recorded(function: Any, op: Any, listed: bool = False) -> Any:
+    """`op` through an autograd function where something in its arguments needs a gradient."""
+
+    def kernel(*args: Any) -> Any:
+        if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args):
+            found = function.apply(*args)
+            return list(found) if listed else found
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*args)
+
+    return kernel
 
 
 def _autocast(op: Any, key: str, first: int) -> Any:
@@ -200,11 +229,9 @@ torch.library.register_fake("flashtile::forward", _fake_forward, lib=_library)
 torch.library.register_fake("flashtile::backward", _fake_backward, lib=_library)
 torch.library.register_fake("flashtile::with_kvcache", _fake_with_kvcache, lib=_library)
 torch.library.register_fake("flashtile::classify", _fake_classify, lib=_library)
-torch.library.register_autograd(
-    "flashtile::forward", _autograd_backward, setup_context=_save_for_backward, lib=_library
-)
-torch.library.register_autograd(
-    "flashtile::backward", _no_double_backward, setup_context=None, lib=_library
+_library.impl("forward", _recorded(_Attention, torch.ops.flashtile.forward.default), "Autograd")
+_library.impl(
+    "backward", _recorded(_Gradients, torch.ops.flashtile.backward.default, listed=True), "Autograd"
 )
 for _key in ("AutocastCPU", "AutocastCUDA"):
     _library.impl(

@@ -75,7 +75,7 @@ class Plan:
     bytes_backward: int
     passed_over: tuple[tuple[str, str], ...] = ()  # better backends and why not
     kernels: KernelConfigs | None = None  # launches of the Triton backend
-    approximate: bool = False  # tanh by the GPU's instruction: 16-bit inputs on NVIDIA
+    nvidia: bool = False  # kernels may use PTX
 
 
 def backends(device: Device) -> list[tuple[str, str | None]]:
@@ -122,7 +122,7 @@ def plan(problem: AttentionProblem, device: Device) -> Plan:
     read, written = _traffic(problem)
     kernels, tile = None, torch_tile(problem)
     if chosen == "triton":
-        kernels = configs(device.arch, problem.dtype, d, dv, problem.banded)
+        kernels = configs(device.arch, problem.dtype, d, dv, problem.kind)
         tile = TileConfig(kernels.forward.block_q, kernels.forward.block_k)
     return Plan(
         backend=chosen,
@@ -133,7 +133,7 @@ def plan(problem: AttentionProblem, device: Device) -> Plan:
         bytes_backward=2 * (read + written),
         passed_over=passed,
         kernels=kernels,
-        approximate=problem.element_bytes == 2 and device.arch.startswith("sm_"),
+        nvidia=device.arch.startswith("sm_"),
     )
 
 

@@ -134,7 +134,7 @@ def mask_grid(call: Call) -> tuple[int, int, int, int]:
     return (1 if alike else call.batch, heads, *tiles)  # type: ignore[return-value]
 
 
-ELEMENTWISE = frozenset({"alibi_slopes", "attn_mask", "bias", "document_ids", "dropout", "softcap"})
+ELEMENTWISE = frozenset({"alibi_slopes", "attn_mask", "bias", "document_ids", "softcap"})
 """Features that do something to each score."""
 
 
@@ -162,10 +162,12 @@ class AttentionProblem:
         return self.window_right == 0
 
     @property
-    def banded(self) -> bool:
-        """Whether causality or a window is all that happens to the scores."""
+    def kind(self) -> str:
+        """What tiles depend on besides the head dims: "banded", "dropout" or ""."""
+        if "dropout" in self.features:
+            return "dropout"
         bounded = (self.window_left, self.window_right) != (UNBOUNDED, UNBOUNDED)
-        return bounded and not self.features & ELEMENTWISE
+        return "banded" if bounded and not self.features & ELEMENTWISE else ""
 
     @property
     def group(self) -> int:

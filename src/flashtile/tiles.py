@@ -47,17 +47,23 @@ class KernelConfigs:
     dbias: KernelConfig
 
 
-def padded_dim(dim: int) -> int:
-    """The power of two that holds a head dim; a matrix instruction is at least 16 deep."""
-    return max(16, 1 << (dim - 1).bit_length())
+def padded_dims(dim: int, dim_v: int) -> tuple[int, int]:
+    """The powers of two that hold the head dims; a matrix instruction is at least 16 deep.
+
+    Both are 32 at least where one is: Triton 3.6 compiles a forward of 32 by 16 that reads shared
+    memory past its end (H200, compute-sanitizer).
+    """
+    least = 16 if max(dim, dim_v) <= 16 else 32
+    return tuple(max(least, 1 << (n - 1).bit_length()) for n in (dim, dim_v))  # type: ignore[return-value]
 
 
 def shared_bytes(kernel: str, config: KernelConfig, dim: int, dim_v: int, element: int) -> int:
     """Shared memory of a kernel: what stays for its whole run, and `num_stages` of what streams."""
-    both = element * (padded_dim(dim) + padded_dim(dim_v))
+    padded = padded_dims(dim, dim_v)
+    both = element * sum(padded)
     m, n, stages = config.block_q, config.block_k, config.num_stages
     if kernel == "forward":
-        return m * padded_dim(dim) * element + stages * n * both
+        return m * padded[0] * element + stages * n * both
     if kernel == "dq":
         return m * both + stages * n * both + m * n * element
     if kernel == "dkdv":
@@ -65,20 +71,21 @@ def shared_bytes(kernel: str, config: KernelConfig, dim: int, dim_v: int, elemen
     return (m + n) * both
 
 
-def configs(arch: str, dtype: str, head_dim: int, head_dim_v: int, banded: bool) -> KernelConfigs:
+def configs(arch: str, dtype: str, head_dim: int, head_dim_v: int, kind: str) -> KernelConfigs:
     """The launch of every kernel for a head dim, dtype and architecture.
 
-    banded: causality or a window is all that happens to the scores.
+    kind: "banded" where causality or a window is all that happens to the scores, "dropout" where
+    there is dropout, else "".
     """
     element = 4 if dtype == "float32" else 2
     limit = SHARED_LIMIT.get(arch, LEAST_SHARED)
     tables = _tables(arch, element)
-    column = next(i for i, top in enumerate(_DIMS) if padded_dim(max(head_dim, head_dim_v)) <= top)
+    column = next(i for i, top in enumerate(_DIMS) if max(padded_dims(head_dim, head_dim_v)) <= top)
     found = {}
     for name in KERNELS:
         numbers = tables[name][column]
-        if banded and (arch, name, column) in _BANDED:
-            numbers = _BANDED[arch, name, column]
+        if element == 2:
+            numbers = _BETTER.get((arch, name, column, kind), numbers)
         found[name] = _fit(name, KernelConfig(*numbers), head_dim, head_dim_v, element, limit)
     return KernelConfigs(**found)
 
@@ -142,10 +149,16 @@ _FP32: _Table = {
     "dbias": ((32, 32, 4, 1), (32, 32, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
 }
 
-_BANDED: dict[tuple[str, str, int], _Numbers] = {
-    # Causal at 16k: 520 TFLOP/s, 479 with 64 keys; a feature more would spill.
-    ("sm_90", "forward", 1): (128, 128, 8, 3),
-    # Causal at 2k / 16k: 474 / 560 TFLOP/s, 430 / 543 with 128 queries.
-    ("sm_90", "dq", 0): (64, 64, 4, 2),
+_BETTER: dict[tuple[str, str, int, str], _Numbers] = {
+    # TFLOP/s on an H200. Causal at 16k: 520, 479 with 64 keys; a feature more would spill.
+    ("sm_90", "forward", 1, "banded"): (128, 128, 8, 3),
+    # Causal at 2k / 16k: 474 / 560, 430 / 543 with 128 queries.
+    ("sm_90", "dq", 0, "banded"): (64, 64, 4, 2),
+    # Causal at 16k, dropout 0.1, ms: forward d64 3.95 (4.64); dq d64 4.52 (4.79); dkdv d64 7.59
+    # (8.14), d128 5.76 (7.28). The random words need registers.
+    ("sm_90", "forward", 0, "dropout"): (64, 64, 4, 3),
+    ("sm_90", "dq", 0, "dropout"): (64, 32, 4, 3),
+    ("sm_90", "dkdv", 0, "dropout"): (32, 64, 4, 3),
+    ("sm_90", "dkdv", 1, "dropout"): (32, 64, 4, 3),
 }
-"""Tiles that are better where causality or a window is all there is, by column of _DIMS."""
+"""Tiles that are better for a kind of call, by column of _DIMS; 16-bit dtypes only."""

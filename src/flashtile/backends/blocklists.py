@@ -14,7 +14,6 @@ from flashtile.kernels.numbers import opaque
 from flashtile.kernels.schedule import BlockList
 from flashtile.problem import Call, mask_grid
 
-CHUNK_ROWS = 32
 CHUNK_CODES = 256
 
 
@@ -32,7 +31,7 @@ def classify(call: Call) -> Tensor:
     run(Launch(
         kernels.classify_blocks, codes.numel(),
         (_grid(codes), operands.query_sequences(call), operands.key_sequences(call),
-         operands.tensor_masks(call, classifying=True), CHUNK_ROWS),
+         operands.tensor_masks(call, classifying=True)),
     ))  # fmt: skip
     return codes
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
+
 
 class Launch(NamedTuple):
     kernel: Any  # a @triton.jit function
@@ -30,4 +32,11 @@ def warm(launch: Launch) -> Callable[..., None]:
     compiled = launch.kernel.warmup(
         *launch.arguments, grid=(1,), num_warps=launch.num_warps, num_stages=launch.num_stages
     )
-    return compiled[(launch.grid, 1, 1)]
+    start = compiled[(launch.grid, 1, 1)]
+    index = torch.cuda.current_device()
+    return lambda *arguments: start(*arguments, stream=_stream(index))
+
+
+def _stream(device: int) -> int:
+    """The current stream's handle, as Triton's own launcher asks for it, 2 us sooner."""
+    return torch._C._cuda_getCurrentRawStream(device)

@@ -92,24 +92,27 @@ def matrix_view(x: Tensor) -> masks.MatrixView:
     return masks.MatrixView(x, batch, head, row, x.stride(3))
 
 
-def score_mods(call: Call, approximate: bool) -> tuple[scores.ScoreMod, ...]:
-    """Softcap, ALiBi, bias, float mask, in the contract's order."""
+def score_mods(call: Call, nvidia: bool) -> tuple[scores.ScoreMod, ...]:
+    """Scale or softcap, then ALiBi, bias and float mask, in the contract's order; none where the
+    scale can be left to the exponential."""
     operands, variant = call.operands, call.variant
-    mods = []
-    if variant.softcap > 0.0:
+    scale, cap = variant.softmax_scale, variant.softcap
+    first = scores.ScoreMod(scores.scaled, (scale,))
+    if cap > 0.0:
+        approximate = nvidia and operands.q.element_size() == 2
         function = scores.softcap_approximate if approximate else scores.softcap
-        mods.append(scores.ScoreMod(function, (variant.softcap,), scores.softcap_slope))
+        first = scores.ScoreMod(function, (cap, scale / cap), scores.softcap_slope)
+    more = []
     slopes = operands.alibi_slopes
     if slopes is not None:
         slopes = slopes.contiguous()
         stride = slopes.stride(0) if slopes.dim() == 2 else 0
-        mods.append(scores.ScoreMod(scores.alibi, (slopes, opaque(stride))))
+        more.append(scores.ScoreMod(scores.alibi, (slopes, opaque(stride))))
     for matrix in (operands.bias, float_mask(call)):
         if matrix is not None:
-            mods.append(scores.ScoreMod(scores.add_matrix, (matrix_view(matrix),)))
-    if not mods and variant.softmax_scale <= 0.0:
-        mods.append(scores.ScoreMod(scores.unchanged))
-    return tuple(mods)
+            more.append(scores.ScoreMod(scores.add_matrix, (matrix_view(matrix),)))
+    plain = cap == 0.0 and scale > 0.0 and not more
+    return () if plain else (first, *more)
 
 
 def float_mask(call: Call) -> Tensor | None:
@@ -139,28 +142,33 @@ def tensor_masks(call: Call, classifying: bool = False) -> tuple[masks.Mask, ...
             masks.IdsView(x.contiguous(), opaque(x.shape[1] if x.dim() == 2 else 0))
             for x in (operands.document_ids_q, operands.document_ids_k)
         )
-        found.append(masks.Mask(masks.same_document, ids))
+        found.append(masks.Mask(masks.same_document, ids, tile=masks.same_document_tile))
     mask = operands.attn_mask
     if mask is not None and not mask.is_floating_point():
         view = matrix_view(mask)._replace(ptr=mask.view(torch.uint8))
-        found.append(masks.Mask(masks.mask_tensor, (view,)))
+        found.append(masks.Mask(masks.mask_tensor, (view,), tile=masks.mask_tensor_tile))
     elif mask is not None and classifying:
-        found.append(masks.Mask(masks.finite_mask, (matrix_view(mask),)))
+        view = matrix_view(mask)
+        found.append(masks.Mask(masks.finite_mask, (view,), tile=masks.finite_mask_tile))
     return tuple(found)
 
 
-def dropouts(call: Call) -> tuple[dropout.Dropout, ...]:
+def dropouts(call: Call, nvidia: bool) -> tuple[dropout.Dropout, ...]:
     variant, state = call.variant, call.operands.rng_state
     if variant.dropout_p == 0.0 or state is None:
         return ()
-    threshold = float(drop_threshold(variant.dropout_p))
+    threshold = drop_threshold(variant.dropout_p)
+    rescale = 1.0 / (1.0 - variant.dropout_p) if threshold < 65536 else 0.0
     heads = opaque(call.operands.q.shape[-2])
-    return (dropout.Dropout(state, threshold, 1.0 / (1.0 - variant.dropout_p), heads),)
+    found = dropout.Dropout(state, float(threshold), rescale, heads)
+    if nvidia:
+        found = found._replace(
+            multiply=dropout.multiply_wide, zero_below=dropout.zero_below_at_once
+        )
+    return (found,)
 
 
-def variant(
-    call: Call, approximate: bool, blocks: schedule.BlockList | None = None
-) -> forward.Variant:
+def variant(call: Call, nvidia: bool, blocks: schedule.BlockList | None = None) -> forward.Variant:
     return forward.Variant(
-        score_mods(call, approximate), band(call) + tensor_masks(call), dropouts(call), blocks
+        score_mods(call, nvidia), band(call) + tensor_masks(call), dropouts(call, nvidia), blocks
     )

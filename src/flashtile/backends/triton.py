@@ -46,7 +46,7 @@ def forward_launch(call: Call, plan: Plan, out: Tensor, lse: Tensor) -> Launch:
     configs = _configs(plan)
     lists = blocklists.by_queries(call)
     a = operands.arguments(call)
-    variant = operands.variant(call, plan.approximate, lists)
+    variant = operands.variant(call, plan.nvidia, lists)
     tile = operands.tile(call, configs.forward, _precision())
     return Launch(
         forward_kernels.attention_forward,
@@ -163,7 +163,7 @@ def _dq_launch(
     call: Call, plan: Plan, launch: KernelConfig, saved: backward_kernels.Saved, dq: Tensor
 ) -> Launch:
     a = operands.arguments(call)
-    variant = operands.variant(call, plan.approximate, blocklists.by_queries(call))
+    variant = operands.variant(call, plan.nvidia, blocklists.by_queries(call))
     return Launch(
         backward_kernels.attention_backward_dq, _query_grid(call, launch.block_q),
         (a.q, a.k, a.v, token_view(dq), saved, a.q_seq, a.k_seq, variant, a.scale, a.heads,
@@ -177,7 +177,7 @@ def _dkdv_launch(
     dv: Tensor,
 ) -> Launch:  # fmt: skip
     a = operands.arguments(call)
-    variant = operands.variant(call, plan.approximate, blocklists.by_keys(call))
+    variant = operands.variant(call, plan.nvidia, blocklists.by_keys(call))
     return Launch(
         backward_kernels.attention_backward_dkdv, _key_grid(call, launch.block_k),
         (a.q, a.k, a.v, token_view(dk), token_view(dv), saved, a.q_seq, a.k_seq, variant, a.scale,
@@ -197,7 +197,7 @@ def _bias_gradient(
     walk = -(-call.seqlen_q // launch.block_q) if rows == 1 else 1
     shape = bias_kernels.BiasShape(*map(operands.opaque, (*bias.shape, walk)))
     grid = -(-columns // launch.block_k) * -(-rows // launch.block_q) * heads * batches
-    variant = operands.variant(call, plan.approximate)
+    variant = operands.variant(call, plan.nvidia)
     run(Launch(
         bias_kernels.attention_backward_dbias, grid,
         (a.q, a.k, a.v, grad, shape, saved, a.q_seq, a.k_seq, variant, a.scale, a.heads,

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from flashtile.kernels.dropout import keep_keys_by_queries, keep_queries_by_keys
+from flashtile.kernels.dropout import drop, words_keys_by_queries, words_queries_by_keys
 from flashtile.kernels.masks import At, key_range, query_range, visible
 from flashtile.kernels.numbers import LOG2E, number
 from flashtile.kernels.schedule import block_start, schedule_list, schedule_range
@@ -36,6 +36,13 @@ class Saved(NamedTuple):
     # that p is 0; delta = rowsum(dout * out) - dlse; two unused
 
 
+class QueryTile(NamedTuple):
+    q: Any  # (BLOCK_M, PADDED)
+    do: Any  # (BLOCK_M, PADDED_V)
+    lse2: Any  # (BLOCK_M,)
+    delta: Any  # (BLOCK_M,)
+
+
 class KeyGradients(NamedTuple):
     k: Any  # (BLOCK_N, PADDED) of dK / softmax_scale
     v: Any  # (BLOCK_N, PADDED_V)
@@ -46,54 +53,68 @@ class Block(NamedTuple):
 
     p: Any
     kept: Any  # p where dropout keeps it, 0 elsewhere, not rescaled
-    bits: Any  # what dropout keeps, or p
+    words: Any  # dropout's numbers, or p
     slope: Any  # derivative of the score mods
 
 
 @triton.jit
-def recompute(s, lse2, at, first_q, first_k, variant, scale, FULL: tl.constexpr,
+def recompute(s, lse2, at, variant, scale, FULL: tl.constexpr,
               KEYS_ARE_ROWS: tl.constexpr, TILE: tl.constexpr):  # fmt: skip
     """The probabilities of a block from its raw scores; lse2 broadcasts to the block."""
     slope = 1.0
     unit = scale.log2
     if len(variant.score_mods) > 0:
-        s, slope = apply_with_slope(variant.score_mods, s * scale.natural, at)
+        s, slope = apply_with_slope(variant.score_mods, s, at)
         unit = LOG2E
     p = tl.math.exp2(s * unit - lse2)
     if not FULL:
         p = tl.where(visible(variant.masks, at), p, 0.0)
-    kept, bits = p, p
+    kept, words = p, p
     if len(variant.dropouts) > 0:
-        draw: tl.constexpr = keep_keys_by_queries if KEYS_ARE_ROWS else keep_queries_by_keys
-        bits = draw(variant.dropouts[0], at, first_q, first_k, TILE.block_m, TILE.block_n)
-        kept = tl.where(bits, p, 0.0)
-    return Block(p, kept, bits, slope)
+        if KEYS_ARE_ROWS:
+            words = words_keys_by_queries(variant.dropouts[0], at, TILE.block_m, TILE.block_n)
+        else:
+            words = words_queries_by_keys(variant.dropouts[0], at, TILE.block_m, TILE.block_n)
+        kept = drop(variant.dropouts[0], p, words)
+    return Block(p, kept, words, slope)
 
 
 @triton.jit
 def score_gradient(block, dp, delta, variant):
     """ds of the mapped scores; delta broadcasts to the block."""
     if len(variant.dropouts) > 0:
-        dp = tl.where(block.bits, dp * variant.dropouts[0].rescale, 0.0)
+        dp = drop(variant.dropouts[0], dp, block.words) * variant.dropouts[0].rescale
     return block.p * (dp - delta)
 
 
 @triton.jit
-def query_gradient(dq, q, do, lse2, delta, k, v, k_seq, at, first_q, schedule, variant, scale,
+def load_query_tile(q, saved, q_seq, span, head, first, TILE: tl.constexpr):
+    """What a tile of queries keeps in registers or shared memory while keys pass by."""
+    BLOCK_M: tl.constexpr = TILE.block_m
+    q_base, do_base = tokens(q, q_seq, span, head), tokens(saved.dout, q_seq, span, head)
+    q_tile = load_tile(q, q_base, q_seq, span, first, False, BLOCK_M, TILE.dim, TILE.padded)
+    do = load_tile(saved.dout, do_base, q_seq, span, first, False, BLOCK_M, TILE.dim_v,
+                   TILE.padded_v)  # fmt: skip
+    lse2, delta = load_pairs(saved.rows, span, head, first, False, BLOCK_M)
+    return QueryTile(q_tile, do, lse2, delta)
+
+
+@triton.jit
+def query_gradient(dq, rows, k, v, k_seq, at, schedule, variant, scale,
                    kv_head, FULL: tl.constexpr, TILE: tl.constexpr):  # fmt: skip
     """Add the partial, or the full, key blocks of a schedule to dQ / softmax_scale."""
     BLOCK_N: tl.constexpr = TILE.block_n
     k_base, v_base = tokens(k, k_seq, at.k, kv_head), tokens(v, k_seq, at.k, kv_head)
     for i in range(schedule.full if FULL else schedule.partial):
         first = block_start(variant.blocks, schedule, i, FULL, BLOCK_N)
-        here = At(at.batch, at.head, at.q_idx, first + at.k_idx, at.q, at.k)
+        here = At(at.batch, at.head, at.first_q, first, at.q_idx, first + at.k_idx, at.q, at.k)
         keys = load_tile(k, k_base, k_seq, at.k, first, FULL, BLOCK_N, TILE.dim, TILE.padded)
-        s = tl.dot(q, keys.T, input_precision=TILE.precision)
+        s = tl.dot(rows.q, keys.T, input_precision=TILE.precision)
         values = load_tile(v, v_base, k_seq, at.k, first, FULL, BLOCK_N, TILE.dim_v, TILE.padded_v)
-        dp = tl.dot(do, values.T, input_precision=TILE.precision)
-        block = recompute(s, lse2[:, None], here, first_q, first, variant, scale, FULL, False,
+        dp = tl.dot(rows.do, values.T, input_precision=TILE.precision)
+        block = recompute(s, rows.lse2[:, None], here, variant, scale, FULL, False,
                           TILE)  # fmt: skip
-        ds = score_gradient(block, dp, delta[:, None], variant) * block.slope
+        ds = score_gradient(block, dp, rows.delta[:, None], variant) * block.slope
         dq = tl.dot(ds.to(keys.dtype), keys, dq, input_precision=TILE.precision)
     return dq
 
@@ -109,12 +130,8 @@ def attention_backward_dq(q, k, v, dq, saved, q_seq, k_seq, variant, scale, head
     if (first < 0) | (first >= q_span.room):
         return
     rows = first + tl.arange(0, BLOCK_M)
-    at = At(batch, head, rows[:, None], tl.arange(0, BLOCK_N)[None, :], q_span, k_span)
-    q_tile = load_tile(q, tokens(q, q_seq, q_span, head), q_seq, q_span, first, False, BLOCK_M,
-                       TILE.dim, TILE.padded)  # fmt: skip
-    do = load_tile(saved.dout, tokens(saved.dout, q_seq, q_span, head), q_seq, q_span, first,
-                   False, BLOCK_M, TILE.dim_v, TILE.padded_v)  # fmt: skip
-    lse2, delta = load_pairs(saved.rows, q_span, head, first, False, BLOCK_M)
+    at = At(batch, head, first, 0, rows[:, None], tl.arange(0, BLOCK_N)[None, :], q_span, k_span)
+    own = load_query_tile(q, saved, q_seq, q_span, head, first, TILE)
     if variant.blocks is None:
         schedule = schedule_range(
             key_range(variant.masks, first, first + BLOCK_M - 1, q_span, k_span), BLOCK_N
@@ -124,16 +141,14 @@ def attention_backward_dq(q, k, v, dq, saved, q_seq, k_seq, variant, scale, head
     kv_head = head // number(heads.group)
     PADDED: tl.constexpr = TILE.padded
     acc = tl.zeros([BLOCK_M, PADDED], tl.float32)
-    acc = query_gradient(acc, q_tile, do, lse2, delta, k, v, k_seq, at, first, schedule, variant,
-                         scale, kv_head, False, TILE)  # fmt: skip
-    acc = query_gradient(acc, q_tile, do, lse2, delta, k, v, k_seq, at, first, schedule, variant,
-                         scale, kv_head, True, TILE)  # fmt: skip
+    acc = query_gradient(acc, own, k, v, k_seq, at, schedule, variant, scale, kv_head, False, TILE)
+    acc = query_gradient(acc, own, k, v, k_seq, at, schedule, variant, scale, kv_head, True, TILE)
     store_tile(dq, acc * scale.natural, tokens(dq, q_seq, q_span, head), q_seq, q_span, first,
                BLOCK_M, TILE.dim, TILE.padded)  # fmt: skip
 
 
 @triton.jit
-def key_gradient(grads, k, v, q, saved, q_seq, at, first_k, schedule, variant, scale,
+def key_gradient(grads, k, v, q, saved, q_seq, at, schedule, variant, scale,
                  FULL: tl.constexpr, TILE: tl.constexpr):  # fmt: skip
     """Add the partial, or the full, query blocks of a schedule to dK / softmax_scale and dV."""
     BLOCK_M: tl.constexpr = TILE.block_m
@@ -142,14 +157,14 @@ def key_gradient(grads, k, v, q, saved, q_seq, at, first_k, schedule, variant, s
     for i in range(schedule.full if FULL else schedule.partial):
         first = block_start(variant.blocks, schedule, i, FULL, BLOCK_M)
         rows = first + tl.arange(0, BLOCK_M)
-        here = At(at.batch, at.head, rows[None, :], at.k_idx, at.q, at.k)
+        here = At(at.batch, at.head, first, at.first_k, rows[None, :], at.k_idx, at.q, at.k)
         queries = load_tile(q, q_base, q_seq, at.q, first, FULL, BLOCK_M, TILE.dim, TILE.padded)
         s = tl.dot(k, queries.T, input_precision=TILE.precision)
         do = load_tile(saved.dout, do_base, q_seq, at.q, first, FULL, BLOCK_M, TILE.dim_v,
                        TILE.padded_v)  # fmt: skip
         dp = tl.dot(v, do.T, input_precision=TILE.precision)
         lse2, delta = load_pairs(saved.rows, at.q, at.head, first, FULL, BLOCK_M)
-        block = recompute(s, lse2[None, :], here, first, first_k, variant, scale, FULL, True,
+        block = recompute(s, lse2[None, :], here, variant, scale, FULL, True,
                           TILE)  # fmt: skip
         # Before dS, so that the tensor cores are busy while it is computed.
         dv = tl.dot(block.kept.to(do.dtype), do, grads.v, input_precision=TILE.precision)
@@ -183,16 +198,16 @@ def attention_backward_dkdv(q, k, v, dk, dv, saved, q_seq, k_seq, variant, scale
     )
     for member in range(group):
         head = kv_head * group + member
-        at = At(batch, head, columns[None, :], columns[:, None], q_span, k_span)
+        at = At(batch, head, 0, first, columns[None, :], columns[:, None], q_span, k_span)
         if variant.blocks is None:
             schedule = schedule_range(
                 query_range(variant.masks, first, first + BLOCK_N - 1, q_span, k_span), BLOCK_M
             )
         else:
             schedule = schedule_list(variant.blocks, batch, head, first, BLOCK_M)
-        grads = key_gradient(grads, k_tile, v_tile, q, saved, q_seq, at, first, schedule, variant,
+        grads = key_gradient(grads, k_tile, v_tile, q, saved, q_seq, at, schedule, variant,
                              scale, False, TILE)  # fmt: skip
-        grads = key_gradient(grads, k_tile, v_tile, q, saved, q_seq, at, first, schedule, variant,
+        grads = key_gradient(grads, k_tile, v_tile, q, saved, q_seq, at, schedule, variant,
                              scale, True, TILE)  # fmt: skip
     rescale = 1.0
     if len(variant.dropouts) > 0:

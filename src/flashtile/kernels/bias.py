@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from flashtile.kernels.backward import recompute, score_gradient
+from flashtile.kernels.backward import load_query_tile, recompute, score_gradient
 from flashtile.kernels.masks import At, key_range
 from flashtile.kernels.numbers import number
-from flashtile.kernels.views import load_pairs, load_tile, open_sequence, tokens
+from flashtile.kernels.views import load_tile, open_sequence, tokens
 
 
 class BiasShape(NamedTuple):
@@ -28,33 +28,37 @@ class BiasShape(NamedTuple):
     row_tiles: Any  # tiles of queries that a program walks over: 1, or all for a bias of one row
 
 
+class Inputs(NamedTuple):
+    q: Any  # TokenViews
+    k: Any
+    v: Any
+    saved: Any
+    q_seq: Any
+    k_seq: Any
+
+
 @triton.jit
-def score_tile_gradient(ds, q, k, v, saved, q_seq, k_seq, variant, scale, heads, batch, head,
-                        first_q, first_k, TILE: tl.constexpr):  # fmt: skip
+def score_tile_gradient(ds, x, variant, scale, heads, batch, head, first_q, first_k,
+                        TILE: tl.constexpr):  # fmt: skip
     """Add one head's dS of a tile (queries by keys) to `ds`."""
     BLOCK_M: tl.constexpr = TILE.block_m
     BLOCK_N: tl.constexpr = TILE.block_n
-    q_span, k_span = open_sequence(q_seq, batch), open_sequence(k_seq, batch)
+    q_span, k_span = open_sequence(x.q_seq, batch), open_sequence(x.k_seq, batch)
     r = key_range(variant.masks, first_q, first_q + BLOCK_M - 1, q_span, k_span)
     if (first_k < r.hi) & (first_k + BLOCK_N > r.lo):
         kv_head = head // number(heads.group)
         rows = first_q + tl.arange(0, BLOCK_M)
         columns = first_k + tl.arange(0, BLOCK_N)
-        at = At(batch, head, rows[:, None], columns[None, :], q_span, k_span)
-        queries = load_tile(q, tokens(q, q_seq, q_span, head), q_seq, q_span, first_q, False,
-                            BLOCK_M, TILE.dim, TILE.padded)  # fmt: skip
-        keys = load_tile(k, tokens(k, k_seq, k_span, kv_head), k_seq, k_span, first_k, False,
-                         BLOCK_N, TILE.dim, TILE.padded)  # fmt: skip
-        do = load_tile(saved.dout, tokens(saved.dout, q_seq, q_span, head), q_seq, q_span,
-                       first_q, False, BLOCK_M, TILE.dim_v, TILE.padded_v)  # fmt: skip
-        values = load_tile(v, tokens(v, k_seq, k_span, kv_head), k_seq, k_span, first_k, False,
-                           BLOCK_N, TILE.dim_v, TILE.padded_v)  # fmt: skip
-        lse2, delta = load_pairs(saved.rows, q_span, head, first_q, False, BLOCK_M)
-        s = tl.dot(queries, keys.T, input_precision=TILE.precision)
-        dp = tl.dot(do, values.T, input_precision=TILE.precision)
-        block = recompute(s, lse2[:, None], at, first_q, first_k, variant, scale, False, False,
-                          TILE)  # fmt: skip
-        ds += score_gradient(block, dp, delta[:, None], variant)
+        at = At(batch, head, first_q, first_k, rows[:, None], columns[None, :], q_span, k_span)
+        own = load_query_tile(x.q, x.saved, x.q_seq, q_span, head, first_q, TILE)
+        keys = load_tile(x.k, tokens(x.k, x.k_seq, k_span, kv_head), x.k_seq, k_span, first_k,
+                         False, BLOCK_N, TILE.dim, TILE.padded)  # fmt: skip
+        values = load_tile(x.v, tokens(x.v, x.k_seq, k_span, kv_head), x.k_seq, k_span, first_k,
+                           False, BLOCK_N, TILE.dim_v, TILE.padded_v)  # fmt: skip
+        s = tl.dot(own.q, keys.T, input_precision=TILE.precision)
+        dp = tl.dot(own.do, values.T, input_precision=TILE.precision)
+        block = recompute(s, own.lse2[:, None], at, variant, scale, False, False, TILE)
+        ds += score_gradient(block, dp, own.delta[:, None], variant)
     return ds
 
 
@@ -73,13 +77,13 @@ def attention_backward_dbias(q, k, v, dbias, shape, saved, q_seq, k_seq, variant
     bias_head, bias_batch = tile % number(shape.heads), tile // number(shape.heads)
     head_step, batch_step = number(shape.heads), number(shape.batches)
     walk = number(shape.row_tiles)
+    inputs = Inputs(q, k, v, saved, q_seq, k_seq)
     ds = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for batch in range(bias_batch, number(q_seq.batch), batch_step):
         for head in range(bias_head, number(heads.count), head_step):
             for i in range(walk):
-                ds = score_tile_gradient(ds, q, k, v, saved, q_seq, k_seq, variant, scale,
-                                         heads, batch, head, first_q + i * BLOCK_M, first_k,
-                                         TILE)  # fmt: skip
+                ds = score_tile_gradient(ds, inputs, variant, scale, heads, batch, head,
+                                         first_q + i * BLOCK_M, first_k, TILE)  # fmt: skip
     q_idx, k_idx = first_q + tl.arange(0, BLOCK_M), first_k + tl.arange(0, BLOCK_N)
     plane = (tl.cast(bias_batch, tl.int64) * number(shape.heads) + bias_head) * rows
     pointers = dbias + (plane + q_idx[:, None]) * columns + k_idx[None, :]

@@ -1,7 +1,7 @@
 """Masks given as tensors, classified per tile once, and the lists of blocks that follow.
 
-`classify_blocks` reads every element once and leaves one code a tile of 128 x 128: hidden, partly
-visible or fully. `list_blocks` turns a row of codes (a column, for dK and dV) and the ranges of
+`classify_blocks` reads a mask once and leaves one code a tile of 128 x 128: hidden, partly visible
+or fully. `list_blocks` turns a row of codes (a column, for dK and dV) and the ranges of
 the other masks into the list of blocks that a mainloop walks (FlexAttention's BlockMask, Dong et
 al. 2024, section 3).
 """
@@ -34,26 +34,24 @@ class CodeGrid(NamedTuple):
 
 
 @triton.jit
-def classify_blocks(codes, q_seq, k_seq, masks, CHUNK: tl.constexpr):
-    """The code of one tile, `CHUNK` rows of it at a time."""
+def classify_blocks(codes, q_seq, k_seq, masks):
+    """The code of one tile: what all masks may show, and what they show for sure."""
     BLOCK: tl.constexpr = LIST_BLOCK
     tile = tl.program_id(0)
     k_tile, rest = tile % number(codes.k_tiles), tile // number(codes.k_tiles)
     q_tile, rest = rest % number(codes.q_tiles), rest // number(codes.q_tiles)
     head, batch = rest % number(codes.heads), rest // number(codes.heads)
     q_span, k_span = open_sequence(q_seq, batch), open_sequence(k_seq, batch)
-    columns = (k_tile * BLOCK + tl.arange(0, BLOCK))[None, :]
-    some, every = 0, 1
-    for start in range(0, BLOCK, CHUNK):
-        rows = (q_tile * BLOCK + start + tl.arange(0, CHUNK))[:, None]
-        at = At(batch, head, rows, columns, q_span, k_span)
-        real = (rows < q_span.length) & (columns < k_span.length)
-        seen = real
+    first_q, first_k = q_tile * BLOCK, k_tile * BLOCK
+    rows, columns = first_q + tl.arange(0, BLOCK), first_k + tl.arange(0, BLOCK)
+    code = HIDDEN
+    if (first_q < q_span.length) & (first_k < k_span.length):
+        at = At(batch, head, first_q, first_k, rows[:, None], columns[None, :], q_span, k_span)
+        some, every = 1, (first_k + BLOCK <= k_span.length).to(tl.int32)
         for i in tl.static_range(len(masks)):
-            seen = seen & masks[i].fn(at, masks[i].args)
-        some = some | tl.max(tl.max(seen.to(tl.int32), 1), 0)
-        every = every & tl.min(tl.min((seen | (rows >= q_span.length)).to(tl.int32), 1), 0)
-    code = tl.where(some == 0, HIDDEN, tl.where(every == 1, FULL, PARTIAL))
+            may, surely = masks[i].tile(at, masks[i].args)
+            some, every = some & may, every & surely
+        code = tl.where(some == 0, HIDDEN, tl.where(every == 1, FULL, PARTIAL))
     tl.store(codes.ptr + tile, code.to(tl.uint8))
 
 

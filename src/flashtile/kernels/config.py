@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from flashtile.tiles import padded_dim
+from flashtile.tiles import padded_dims
 
 
 @dataclass(frozen=True)
@@ -19,8 +19,8 @@ class Tile:
 
     @property
     def padded(self) -> int:
-        return padded_dim(self.dim)
+        return padded_dims(self.dim, self.dim_v)[0]
 
     @property
     def padded_v(self) -> int:
-        return padded_dim(self.dim_v)
+        return padded_dims(self.dim, self.dim_v)[1]

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from flashtile.kernels.dropout import keep_queries_by_keys
+from flashtile.kernels.dropout import drop, words_queries_by_keys
 from flashtile.kernels.masks import At, key_range, visible
 from flashtile.kernels.numbers import LN2, LOG2E, number
 from flashtile.kernels.schedule import block_start, schedule_list, schedule_range
@@ -64,42 +64,39 @@ def start_softmax(sink, head, BLOCK_M: tl.constexpr, PADDED_V: tl.constexpr):
 
 
 @triton.jit
-def softmax_step(state, s, unit, v, kept, TILE: tl.constexpr):
+def softmax_step(state, s, unit, v, at, dropouts, TILE: tl.constexpr):
     """Fold one block of scores and values into the state."""
     m = tl.maximum(state.m, tl.max(s, 1) * unit)
     anchor = tl.where(m == -float("inf"), 0.0, m)
     p = tl.math.exp2(s * unit - anchor[:, None])
     alpha = tl.math.exp2(state.m - anchor)
     l = state.l * alpha + tl.sum(p, 1)
-    if kept is not None:
-        p = tl.where(kept, p, 0.0)
+    if len(dropouts) > 0:
+        words = words_queries_by_keys(dropouts[0], at, TILE.block_m, TILE.block_n)
+        p = drop(dropouts[0], p, words)
     acc = tl.dot(p.to(v.dtype), v, state.acc * alpha[:, None], input_precision=TILE.precision)
     return Softmax(m, l, acc)
 
 
 @triton.jit
-def attend(state, q, k, v, k_seq, at, first_q, schedule, variant, scale, kv_head,
+def attend(state, q, k, v, k_seq, at, schedule, variant, scale, kv_head,
            FULL: tl.constexpr, TILE: tl.constexpr):  # fmt: skip
     """Fold the partial, or the full, blocks of a schedule into the softmax state."""
     BLOCK_N: tl.constexpr = TILE.block_n
     k_base, v_base = tokens(k, k_seq, at.k, kv_head), tokens(v, k_seq, at.k, kv_head)
     for i in range(schedule.full if FULL else schedule.partial):
         first = block_start(variant.blocks, schedule, i, FULL, BLOCK_N)
-        here = At(at.batch, at.head, at.q_idx, first + at.k_idx, at.q, at.k)
+        here = At(at.batch, at.head, at.first_q, first, at.q_idx, first + at.k_idx, at.q, at.k)
         keys = load_tile(k, k_base, k_seq, at.k, first, FULL, BLOCK_N, TILE.dim, TILE.padded)
         s = tl.dot(q, keys.T, input_precision=TILE.precision)
         unit = scale.log2
         if len(variant.score_mods) > 0:
-            s = apply_score_mods(variant.score_mods, s * scale.natural, here)
+            s = apply_score_mods(variant.score_mods, s, here)
             unit = LOG2E
         if not FULL:
             s = tl.where(visible(variant.masks, here), s, -float("inf"))
-        kept = None
-        if len(variant.dropouts) > 0:
-            kept = keep_queries_by_keys(variant.dropouts[0], here, first_q, first, TILE.block_m,
-                                        BLOCK_N)  # fmt: skip
         values = load_tile(v, v_base, k_seq, at.k, first, FULL, BLOCK_N, TILE.dim_v, TILE.padded_v)
-        state = softmax_step(state, s, unit, values, kept, TILE)
+        state = softmax_step(state, s, unit, values, here, variant.dropouts, TILE)
     return state
 
 
@@ -114,7 +111,7 @@ def attention_forward(q, k, v, out, lse, q_seq, k_seq, variant, sink, scale, hea
     if (first < 0) | (first >= q_span.room):
         return
     rows = first + tl.arange(0, BLOCK_M)
-    at = At(batch, head, rows[:, None], tl.arange(0, BLOCK_N)[None, :], q_span, k_span)
+    at = At(batch, head, first, 0, rows[:, None], tl.arange(0, BLOCK_N)[None, :], q_span, k_span)
     q_tile = load_tile(q, tokens(q, q_seq, q_span, head), q_seq, q_span, first, False, BLOCK_M,
                        TILE.dim, TILE.padded)  # fmt: skip
     if variant.blocks is None:
@@ -125,9 +122,9 @@ def attention_forward(q, k, v, out, lse, q_seq, k_seq, variant, sink, scale, hea
         schedule = schedule_list(variant.blocks, batch, head, first, BLOCK_N)
     state = start_softmax(sink, head, BLOCK_M, TILE.padded_v)
     kv_head = head // number(heads.group)
-    state = attend(state, q_tile, k, v, k_seq, at, first, schedule, variant, scale, kv_head,
+    state = attend(state, q_tile, k, v, k_seq, at, schedule, variant, scale, kv_head,
                    False, TILE)  # fmt: skip
-    state = attend(state, q_tile, k, v, k_seq, at, first, schedule, variant, scale, kv_head,
+    state = attend(state, q_tile, k, v, k_seq, at, schedule, variant, scale, kv_head,
                    True, TILE)  # fmt: skip
     empty = (state.l == 0.0) | (rows >= q_span.length)
     factor = tl.where(empty, 0.0, 1.0 / tl.where(empty, 1.0, state.l))

@@ -20,6 +20,8 @@ class At(NamedTuple):
 
     batch: Any
     head: Any
+    first_q: Any  # the tile's origin
+    first_k: Any
     q_idx: Any  # (BLOCK_M, 1), or (1, BLOCK_M) where keys are the rows
     k_idx: Any  # (1, BLOCK_N), or (BLOCK_N, 1)
     q: Any  # Span of the queries
@@ -41,11 +43,18 @@ def anywhere(first, last, q, k, args):
     return Range(0, 0, 0, 2147483647)
 
 
+@triton.jit
+def unknown_tile(at, args):
+    """(may something be seen, is surely all seen) of a tile of an unknown mask."""
+    return 1, 0
+
+
 class Mask(NamedTuple):
     fn: Any
     args: Any = ()
     keys: Any = anywhere
     queries: Any = anywhere
+    tile: Any = unknown_tile  # of masks given as tensors
 
 
 @triton.jit
@@ -102,21 +111,27 @@ class IdsView(NamedTuple):
 
 
 @triton.jit
-def matrix_pointers(x, at):
-    """Addresses of a tile's elements, and which of them lie in the sequences."""
+def load_matrix(x, at):
+    """A tile of a MatrixView, 0 past the end of the keys.
+
+    Rows past the end of the queries read the last one: without a mask on rows, and where the keys
+    do not end in the tile without any, loads are as wide as alignment allows.
+    """
     base = x.ptr + tl.cast(at.batch, tl.int64) * x.stride_batch
     base += tl.cast(at.head, tl.int64) * x.stride_head
-    rows = at.q_idx.to(tl.int64) * x.stride_q
-    columns = (at.k_idx + at.k.leftpad).to(tl.int64) * x.stride_k
-    inside = (at.q_idx < at.q.length) & (at.k_idx < at.k.length)
-    return base + rows + columns, inside
+    rows = tl.minimum(at.q_idx, at.q.length - 1).to(tl.int64) * x.stride_q
+    pointers = base + rows + (at.k_idx + at.k.leftpad).to(tl.int64) * x.stride_k
+    if at.first_k + at.k_idx.numel <= at.k.length:
+        tile = tl.load(pointers)
+    else:
+        tile = tl.load(pointers, mask=at.k_idx < at.k.length, other=0)
+    return tile
 
 
 @triton.jit
-def load_matrix(x, at):
-    """A tile of a MatrixView, 0 outside the sequences."""
-    pointers, inside = matrix_pointers(x, at)
-    return tl.load(pointers, mask=inside, other=0)
+def some_and_every(seen):
+    """Whether any, and whether all, of a tile are seen: int32 scalars."""
+    return tl.max(tl.max(seen.to(tl.int32), 1), 0), tl.min(tl.min(seen.to(tl.int32), 1), 0)
 
 
 @triton.jit
@@ -126,18 +141,42 @@ def mask_tensor(at, args):
 
 
 @triton.jit
+def mask_tensor_tile(at, args):
+    return some_and_every(mask_tensor(at, args))
+
+
+@triton.jit
 def finite_mask(at, args):
     """A float tensor that is added to the scores hides what it sets to -inf."""
     return load_matrix(args[0], at) != -float("inf")
 
 
 @triton.jit
+def finite_mask_tile(at, args):
+    return some_and_every(finite_mask(at, args))
+
+
+@triton.jit
+def load_ids(x, span, idx):
+    """Document ids of a sequence's tokens; past its end those of the last one."""
+    idx = tl.minimum(idx, tl.maximum(span.length - 1, 0))
+    return tl.load(x.ptr + span.batch * number(x.stride_batch) + span.start + idx)
+
+
+@triton.jit
 def same_document(at, args):
-    q_at = at.q.batch * number(args[0].stride_batch) + at.q.start + at.q_idx
-    k_at = at.k.batch * number(args[1].stride_batch) + at.k.start + at.k_idx
-    q_ids = tl.load(args[0].ptr + q_at, mask=at.q_idx < at.q.length, other=0)
-    k_ids = tl.load(args[1].ptr + k_at, mask=at.k_idx < at.k.length, other=0)
-    return q_ids == k_ids
+    return load_ids(args[0], at.q, at.q_idx) == load_ids(args[1], at.k, at.k_idx)
+
+
+@triton.jit
+def same_document_tile(at, args):
+    """By the least and greatest id of either side: exact where ids are sorted."""
+    q_ids, k_ids = load_ids(args[0], at.q, at.q_idx), load_ids(args[1], at.k, at.k_idx)
+    q_least, q_most = tl.min(tl.min(q_ids, 1), 0), tl.max(tl.max(q_ids, 1), 0)
+    k_least, k_most = tl.min(tl.min(k_ids, 1), 0), tl.max(tl.max(k_ids, 1), 0)
+    overlap = (q_least <= k_most) & (k_least <= q_most)
+    one = (q_least == q_most) & (k_least == k_most) & (q_least == k_least)
+    return overlap.to(tl.int32), one.to(tl.int32)
 
 
 @triton.jit

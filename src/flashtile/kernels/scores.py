@@ -1,7 +1,7 @@
 """Score mods: what is done to a tile of scores before masking, beside its derivative.
 
-`fn(s, at, args)` maps fp32 scores in natural units; `slope(s, args)` is the derivative, from the
-mapped scores.
+`fn(s, at, args)` maps fp32 scores; `slope(s, args)` is the derivative, from the mapped scores. The
+first mod of a call is `scaled` or `softcap`: it gets raw products and leaves natural units.
 """
 
 from __future__ import annotations
@@ -27,17 +27,18 @@ class ScoreMod(NamedTuple):
 
 
 @triton.jit
-def unchanged(s, at, args):
-    """No mod: for scales <= 0, where the maximum of scaled scores is not the scaled maximum."""
-    return s
+def scaled(s, at, args):
+    """s * softmax_scale. Alone it serves scales <= 0, where the maximum of scaled scores is not the
+    scaled maximum."""
+    return s * args[0]
 
 
 @triton.jit
 def softcap(s, at, args):
-    """cap * tanh(s / cap). Below |x| = 0.25 the series, whose error is 3e-7, since 1 - 2 / (e + 1)
-    cancels there."""
-    cap = args[0]
-    x = s / cap
+    """cap * tanh(s / cap), args (cap, softmax_scale / cap). Below |x| = 0.25 the series, error
+    3e-7, since 1 - 2 / (e + 1) cancels there."""
+    cap, scale = args
+    x = s * scale
     e = tl.exp2(tl.minimum(tl.abs(x) * (2.0 * LOG2E), 126.0))
     y = 1.0 - 2.0 / (e + 1.0)
     y = tl.where(x < 0.0, -y, y)
@@ -50,9 +51,8 @@ def softcap(s, at, args):
 def softcap_approximate(s, at, args):
     """cap * tanh(s / cap) by NVIDIA's instruction: relative error 2^-11, a quarter of what rounding
     the scores to bfloat16 costs."""
-    x = s * (1.0 / args[0])
     return args[0] * tl.inline_asm_elementwise(
-        "tanh.approx.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1
+        "tanh.approx.f32 $0, $1;", "=r,r", [s * args[1]], dtype=tl.float32, is_pure=True, pack=1
     )
 
 

@@ -89,6 +89,18 @@ def open_sequence(seq, batch):
 
 
 @triton.jit
+def find_sequence(cu_seqlens, batches, slot, BLOCK: tl.constexpr):
+    """The last sequence whose slots begin at or before `slot`: by counting, 256 at a time. A binary
+    search is a chain of loads: 3 us a tile of 16 sequences, a fifth of the forward at 1k tokens."""
+    found = slot * 0
+    for start in range(0, batches + 1, 256):
+        idx = start + tl.arange(0, 256)
+        offsets = tl.load(cu_seqlens + idx, mask=idx <= batches, other=2147483647)
+        found += tl.sum((offsets // BLOCK + idx <= slot).to(tl.int32), 0)
+    return found - 1
+
+
+@triton.jit
 def open_tile(seq, heads, tile, REVERSED: tl.constexpr, BLOCK: tl.constexpr):
     """(batch, head, first row) of a tile; heads outermost, so that neighbours share K and V.
 
@@ -103,11 +115,7 @@ def open_tile(seq, heads, tile, REVERSED: tl.constexpr, BLOCK: tl.constexpr):
     else:
         tiles = length // BLOCK + batches + 1
         head, slot = tile // tiles, tile % tiles
-        batch, above = slot * 0, batches + 1
-        while above - batch > 1:
-            middle = (batch + above) // 2
-            owned = tl.load(seq.cu_seqlens + middle) // BLOCK + middle <= slot
-            batch, above = tl.where(owned, middle, batch), tl.where(owned, above, middle)
+        batch = find_sequence(seq.cu_seqlens, batches, slot, BLOCK)
         index = slot - (tl.load(seq.cu_seqlens + batch) // BLOCK + batch)
         if REVERSED:
             next_start = tl.load(seq.cu_seqlens + batch + 1, mask=batch < batches, other=0)
