@@ -11,7 +11,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from flashtile.problem import UNBOUNDED, AttentionProblem
-from flashtile.tiles import KernelConfigs, configs
+from flashtile.tiles import KernelConfigs, configs, shortage
 
 if TYPE_CHECKING:
     import torch
@@ -99,7 +99,7 @@ def _why_not(name: str, device: Device) -> str | None:
     return reason
 
 
-def _cannot(name: str, problem: AttentionProblem) -> str | None:
+def _cannot(name: str, problem: AttentionProblem, device: Device) -> str | None:
     """Why a backend that runs on the device cannot do this problem."""
     if name != "triton":
         return None
@@ -108,13 +108,13 @@ def _cannot(name: str, problem: AttentionProblem) -> str | None:
     if max(problem.head_dim, problem.head_dim_v) > MAX_HEAD_DIM:
         wide = max(problem.head_dim, problem.head_dim_v)
         return f"holds a head_dim up to {MAX_HEAD_DIM} in registers, this one is {wide}"
-    return None
+    return shortage(device.arch, problem.dtype, problem.head_dim, problem.head_dim_v)
 
 
 @lru_cache(maxsize=4096)
 def plan(problem: AttentionProblem, device: Device) -> Plan:
     """Choose the backend and its tile."""
-    reasons = [(n, _why_not(n, device) or _cannot(n, problem)) for n in BACKENDS]
+    reasons = [(n, _why_not(n, device) or _cannot(n, problem, device)) for n in BACKENDS]
     chosen = next(name for name, reason in reasons if reason is None)
     passed = tuple((n, r) for n, r in reasons[: BACKENDS.index(chosen)] if r is not None)
     pairs = visible_pairs(problem) * problem.batch * problem.heads

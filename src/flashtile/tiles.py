@@ -63,12 +63,27 @@ def shared_bytes(kernel: str, config: KernelConfig, dim: int, dim_v: int, elemen
     both = element * sum(padded)
     m, n, stages = config.block_q, config.block_k, config.num_stages
     if kernel == "forward":
-        return m * padded[0] * element + stages * n * both
+        # With one stage K's place is free again when V is loaded.
+        streamed = stages * n * both if stages > 1 else n * max(padded) * element
+        return m * padded[0] * element + streamed
     if kernel == "dq":
         return m * both + stages * n * both + m * n * element
     if kernel == "dkdv":
         return n * both + stages * m * (both + 8) + m * n * element
     return (m + n) * both
+
+
+def shortage(arch: str, dtype: str, head_dim: int, head_dim_v: int) -> str | None:
+    """Why no tile of these head dims fits an architecture, or None."""
+    element = 4 if dtype == "float32" else 2
+    limit = SHARED_LIMIT.get(arch, LEAST_SHARED)
+    chosen = configs(arch, dtype, head_dim, head_dim_v, "")
+    need = max(
+        shared_bytes(name, getattr(chosen, name), head_dim, head_dim_v, element) for name in KERNELS
+    )
+    if need <= limit:
+        return None
+    return f"needs {need:,} bytes of shared memory for the least tile, {arch} has {limit:,}"
 
 
 def configs(arch: str, dtype: str, head_dim: int, head_dim_v: int, kind: str) -> KernelConfigs:
@@ -142,11 +157,13 @@ _SM_90: _Table = {
 
 _HALF_BY_ARCH = {"sm_90": _SM_90}
 
+# fp32 products are fused multiply-adds here, which hold whole rows of their operands in registers:
+# small tiles and many warps spill least (forward d128 32 x 32: 0 bytes, 1,864 with four warps).
 _FP32: _Table = {
-    "forward": ((64, 32, 4, 2), (32, 32, 4, 2), (32, 16, 4, 2), (16, 16, 4, 1)),
-    "dq": ((32, 32, 4, 2), (32, 32, 4, 2), (16, 16, 4, 2), (16, 16, 4, 1)),
-    "dkdv": ((32, 32, 4, 2), (32, 32, 4, 2), (16, 16, 4, 2), (16, 16, 4, 1)),
-    "dbias": ((32, 32, 4, 1), (32, 32, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
+    "forward": ((32, 32, 8, 1), (32, 32, 8, 1), (16, 32, 8, 1), (16, 16, 8, 1)),
+    "dq": ((32, 32, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
+    "dkdv": ((32, 32, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
+    "dbias": ((32, 32, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
 }
 
 _BETTER: dict[tuple[str, str, int, str], _Numbers] = {

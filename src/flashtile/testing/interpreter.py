@@ -9,21 +9,44 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
 
-from flashtile import ops, plan
-from flashtile.problem import AttentionProblem
+from flashtile import ops, plan, problem
 from flashtile.tiles import KernelConfig, KernelConfigs
 
 
 @contextmanager
-def interpreted(block_q: int = 32, block_k: int = 16) -> Iterator[None]:
-    """Run calls on CPU tensors through the Triton backend, in blocks of block_q x block_k."""
+def interpreted(block_q: int = 32, block_k: int = 16, list_block: int = 128) -> Iterator[None]:
+    """Run calls on CPU tensors through the Triton backend, in blocks of block_q x block_k.
+
+    list_block is the edge of the tiles that masks given as tensors are classified in, 128 on a GPU;
+    a smaller one makes several of them out of a few tokens.
+    """
     if os.environ.get("TRITON_INTERPRET") != "1":
         raise RuntimeError("TRITON_INTERPRET is not 1; set it before triton is imported")
     row = KernelConfig(block_q, block_k, 1, 1)
     column = KernelConfig(block_k, block_q, 1, 1)
+
+    # Only here: whoever imports flashtile.testing has not asked for triton.
+    from numpy import errstate  # noqa: PLC0415
+    from triton.language import constexpr  # noqa: PLC0415
+    from triton.runtime import interpreter  # noqa: PLC0415
+
+    from flashtile.kernels import blocks, schedule  # noqa: PLC0415
+
+    options = replace(interpreter.interpreter_builder.options, sanitize_overflow=False)
+    patch_and_call, patched = interpreter.InterpretedFunction.__call__, set()
+
+    def call(function: Any, *args: Any, **kwargs: Any) -> Any:
+        """Triton's own patches its language at every call of a device function: half the time. The
+        launch has done it for our kernels, the first call does for each of Triton's modules."""
+        module = function.fn.__module__
+        if module.startswith("flashtile.") or module in patched:
+            return function.rewrite()(*args, **kwargs)
+        patched.add(module)
+        return patch_and_call(function, *args, **kwargs)
 
     def small(*_: Any) -> KernelConfigs:
         return KernelConfigs(row, row, column, row)
@@ -31,17 +54,23 @@ def interpreted(block_q: int = 32, block_k: int = 16) -> Iterator[None]:
     def why_not(name: str, _: plan.Device) -> str | None:
         return "not interpreted" if name == "hopper" else None
 
-    def cannot(name: str, problem: AttentionProblem) -> str | None:
-        if name == "triton" and problem.dtype not in ("float32", "float16"):
-            raise TypeError(f"q has dtype {problem.dtype}; the interpreter knows fp32 and fp16")
+    def cannot(name: str, what: problem.AttentionProblem, _: plan.Device) -> str | None:
+        if name == "triton" and what.dtype not in ("float32", "float16"):
+            raise TypeError(f"q has dtype {what.dtype}; the interpreter knows fp32 and fp16")
         return None
 
     plan.plan.cache_clear()
     with (
+        patch.object(problem, "MASK_BLOCK", list_block),
+        patch.object(blocks, "LIST_BLOCK", constexpr(list_block)),
+        patch.object(schedule, "LIST_BLOCK", constexpr(list_block)),
         patch.object(plan, "_why_not", why_not),
         patch.object(plan, "_cannot", cannot),
         patch.object(plan, "configs", small),
         patch.object(ops, "classifies", lambda device_type: True),
+        patch.object(interpreter.InterpretedFunction, "__call__", call),
+        patch.object(interpreter.interpreter_builder, "options", options),
+        errstate(divide="ignore", invalid="ignore", over="ignore"),  # as a GPU does
     ):
         yield
     plan.plan.cache_clear()
