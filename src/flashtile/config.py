@@ -9,5 +9,6 @@ On the CPU they are always checked.
 allow_tf32: bool = False
 """Let the Triton kernels round fp32 inputs of matrix products to tf32 (10 bits of mantissa).
 
-Off, fp32 is IEEE fp32 on the CUDA cores, about ten times slower.
+Its error is about 4e-3 of the largest result. Off, fp32 is IEEE fp32 on the CUDA cores, about ten
+times slower.
 """

@@ -25,12 +25,15 @@ _replays: dict[tuple[Any, ...], Replay | None] = {}
 
 def key_of(q: Tensor, k: Tensor, v: Tensor, scalars: tuple[Any, ...]) -> tuple[Any, ...] | None:
     """All that a plain dense call depends on, or None for a call that has to take the long way."""
-    if not (type(q) is type(k) is type(v) is Tensor and q.is_cuda) or _intercepted(q, k, v):
+    plain = type(q) is type(k) is type(v) is Tensor and q.dim() == k.dim() == v.dim() == 4
+    if not (plain and q.is_cuda) or _intercepted(q, k, v):
         return None
-    aligned = (q.data_ptr() | k.data_ptr() | v.data_ptr()) & 15
+    strides = q.stride(), k.stride(), v.stride()
+    if not strides[0][-1] == strides[1][-1] == strides[2][-1] == 1:
+        return None  # the long way copies it
     return (
-        q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), q.dtype, k.dtype, v.dtype,
-        q.device, k.device, v.device, aligned, scalars, config.allow_tf32,
+        q.shape, k.shape, v.shape, strides, q.dtype, k.dtype, v.dtype, q.device, k.device, v.device,
+        q.data_ptr() & 15, k.data_ptr() & 15, v.data_ptr() & 15, scalars, config.allow_tf32,
     )  # fmt: skip
 
 

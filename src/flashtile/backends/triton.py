@@ -91,6 +91,12 @@ def backward(
     if call.sequences.block_table is not None:
         return paged.backward(call, plan, dout, dlse, out, lse, needs, backward)
     configs, tensors = _configs(plan), call.operands
+    if out.numel() == 0:
+        wanted = (tensors.q, tensors.k, tensors.v, tensors.bias, tensors.learnable_sink)
+        return Gradients(*(
+            x.new_zeros(x.shape) if x is not None and need else None
+            for x, need in zip(wanted, needs, strict=True)
+        ))  # fmt: skip
     prepared = _prepare(call, plan, dout, dlse, out, lse, tensors.learnable_sink is not None
                         and needs[4])  # fmt: skip
     dq = dk = dv = dbias = None
