@@ -25,7 +25,7 @@ LAYERS = (
     ("ops",),
     ("explain", "api"),
     ("",),  # flashtile itself
-    ("compat", "models", "testing"),
+    ("compat", "compiling", "models", "testing"),
     ("demo",),
     ("bench",),
     ("cli",),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -15,10 +17,25 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
+def _longer(case: Case) -> Case:
+    """The case over several of the GPU's own tiles. Odd lengths stay odd, multiples of 16 remain
+    what they are, and head dims do not change, so that the same compiled kernels serve it."""
+    lengths = tuple((9 * q, 9 * k) for q, k in case.lengths)
+    seqlens = (5 * n if n > 1 else n for n in (case.seqlen_q, case.seqlen_k))
+    return replace(case, **dict(zip(("seqlen_q", "seqlen_k"), seqlens, strict=True)),
+                   lengths=lengths)  # fmt: skip
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_matches_reference(case: Case, dtype: torch.dtype) -> None:
     assert_matches_reference(case.draw(11, dtype, "cuda"), case.name)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_many_tiles_match_reference(case: Case, dtype: torch.dtype) -> None:
+    assert_matches_reference(_longer(case).draw(12, dtype, "cuda"), case.name)
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if "dropout_p" not in c.features], ids=str)
@@ -31,7 +48,7 @@ def test_agrees_with_the_cpu(case: Case) -> None:
 
 def test_dropout_mask_is_the_cpus() -> None:
     """The same (seed, offset) drops the same elements; each device draws its own state."""
-    call = normalise(*(torch.randn(2, 70, h, 16) for h in (4, 2, 2)), dropout_p=0.3, causal=True)
+    call = normalise(*(torch.randn(2, 300, h, 32) for h in (4, 2, 2)), dropout_p=0.3, causal=True)
     there = Call.unflatten(tuple(x.cuda() if isinstance(x, torch.Tensor) else x
                                  for x in call.flat()))  # fmt: skip
     out, _ = torch.ops.flashtile.forward.default(*call.flat())
@@ -40,7 +57,6 @@ def test_dropout_mask_is_the_cpus() -> None:
 
 
 def test_appends_to_a_paged_cache() -> None:
-    torch.manual_seed(0)
     q, k, v = (torch.randn(2, 3, h, 64, device="cuda").bfloat16() for h in (8, 2, 2))
     caches = [torch.randn(12, 16, 2, 64, device="cuda").bfloat16() for _ in range(2)]
     table = torch.randperm(12, device="cuda").view(2, 6).int()
@@ -53,6 +69,25 @@ def test_appends_to_a_paged_cache() -> None:
     assert torch.equal(caches[0], k_after)
 
 
+def test_padded_and_remapped_cache_rows() -> None:
+    """cache_leftpad and cache_batch_idx over several tiles; what is out of use is NaN."""
+    q = torch.randn(3, 5, 6, 64, device="cuda").bfloat16()
+    caches = [torch.randn(5, 700, 2, 64, device="cuda").bfloat16() for _ in range(2)]
+    lengths, pads, rows = ([140, 699, 3], [13, 0, 2], [4, 0, 3])
+    for row, pad, length in zip(rows, pads, lengths, strict=True):
+        for cache in caches:
+            cache[row, :pad] = cache[row, length:] = float("nan")
+    keywords = {
+        name: torch.tensor(x, dtype=torch.int32, device="cuda")
+        for name, x in (("cache_seqlens", lengths), ("cache_leftpad", pads),
+                        ("cache_batch_idx", rows))
+    }  # fmt: skip
+    golden, _, _ = reference.attention_with_kvcache(q, *caches, causal=True, **keywords)
+    eager, _, _ = reference.attention_with_kvcache(q, *caches, causal=True, **keywords, dtype=None)
+    out = flash_attn_with_kvcache(q, *caches, causal=True, **keywords)
+    assert_within_budget(out, eager.out, golden.out)
+
+
 def test_autocast() -> None:
     q = torch.randn(1, 40, 2, 64, device="cuda", requires_grad=True)
     with torch.autocast("cuda", dtype=torch.float16):
@@ -61,3 +96,20 @@ def test_autocast() -> None:
     out.float().sum().backward()
     assert q.grad is not None
     assert q.grad.dtype == torch.float32
+
+
+def test_compiles_in_full_graphs() -> None:
+    """torch.compile with inductor, forward and backward: the same numbers as eagerly."""
+
+    def block(x: torch.Tensor) -> torch.Tensor:
+        q, k, v = (2 * x).unflatten(-1, (3, 2, 64)).unbind(2)
+        return torch.relu(flash_attn_func(q, k, v, causal=True, softcap=4.0))
+
+    x = torch.randn(2, 130, 3 * 2 * 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    expected = block(x)
+    (wanted,) = torch.autograd.grad(expected.float().square().sum(), x)
+    torch._dynamo.reset()
+    found = torch.compile(block, fullgraph=True)(x)
+    (grad,) = torch.autograd.grad(found.float().square().sum(), x)
+    torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(grad, wanted, rtol=2e-2, atol=2e-2)

@@ -32,6 +32,7 @@ def classify(call: Call) -> Tensor:
         kernels.classify_blocks, codes.numel(),
         (_grid(codes), operands.query_sequences(call), operands.key_sequences(call),
          operands.tensor_masks(call, classifying=True)),
+        num_warps=8,
     ))  # fmt: skip
     return codes
 

@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from flashtile.backends.jitcache import launch_healing
+
 
 class Launch(NamedTuple):
     kernel: Any  # a @triton.jit function
@@ -18,10 +20,13 @@ class Launch(NamedTuple):
 
 def run(launch: Launch) -> None:
     """Launch on the current stream. An empty grid is no launch."""
-    if launch.grid > 0:
-        launch.kernel[(launch.grid,)](
-            *launch.arguments, num_warps=launch.num_warps, num_stages=launch.num_stages
-        )
+    if launch.grid == 0:
+        return
+    start = launch.kernel[(launch.grid,)]
+    launch_healing(
+        lambda: start(*launch.arguments, num_warps=launch.num_warps, num_stages=launch.num_stages),
+        launch.kernel,
+    )
 
 
 def warm(launch: Launch) -> Callable[..., None]:

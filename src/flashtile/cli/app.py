@@ -10,6 +10,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from flashtile.cli.bench import bench
+
 app = typer.Typer(
     help="Exact attention for PyTorch: try it, see where it runs, what it does with a problem.",
     no_args_is_help=True,
@@ -94,6 +96,44 @@ def explain(
     except (TypeError, ValueError) as wrong:
         raise typer.BadParameter(str(wrong)) from wrong
     Console().print(table)
+
+
+app.command()(bench)
+
+
+@app.command("compile")
+def compile_kernels(
+    arch: Annotated[
+        list[str] | None, typer.Option(help="sm_90, gfx942, ... May be repeated. Default: five.")
+    ] = None,
+    for_device: Annotated[
+        bool, typer.Option("--for-device", help="Into Triton's cache, for the GPU that is here.")
+    ] = False,
+    match: Annotated[str, typer.Option(help="Only kernels so named: paged, float32 64, ...")] = "",
+    workers: Annotated[int, typer.Option(min=0, help="Processes. Default: one a CPU.")] = 0,
+    json: Annotated[bool, typer.Option("--json", help="Records instead of a table.")] = False,
+) -> None:
+    """Compile every kernel, with no GPU: registers, spills, shared memory, matrix instructions.
+
+    Exits with 1 if a kernel does not compile, spills, does not fit, lacks matrix instructions or
+    has a performance warning of ptxas.
+    """
+    from flashtile.cli import compile as compiling
+    from flashtile.compiling.record import faults
+
+    if for_device and arch:
+        raise typer.BadParameter("--for-device chooses the architecture", param_hint="--arch")
+    archs = [compiling.device_arch()] if for_device else arch or list(compiling.ARCHITECTURES)
+    wanted = compiling.wanted_jobs(archs, match)
+    records = compiling.compile_all(wanted, workers, keep=for_device)
+    if json:
+        typer.echo(compiling.as_json(records))
+    elif for_device:
+        typer.echo(compiling.summary(records))
+    else:
+        Console(width=max(Console().width, compiling.WIDTH)).print(compiling.as_table(records))
+    if any(map(faults, records)):
+        raise typer.Exit(1)
 
 
 def _integers(option: str, text: str, count: int, least: int) -> list[int]:

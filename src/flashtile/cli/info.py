@@ -54,11 +54,11 @@ def _devices() -> Iterator[tuple[str, str]]:
 
 def _caches() -> Iterator[tuple[str, str]]:
     """Where compiled kernels are kept."""
-    for name, folder in (("triton cache", _triton_cache()), ("inductor cache", inductor_cache())):
+    for name, folder in (("triton cache", triton_cache()), ("inductor cache", inductor_cache())):
         yield name, f"{folder}" if folder.is_dir() else f"{folder} (not there yet)"
 
 
-def _triton_cache() -> Path:
+def triton_cache() -> Path:
     """As triton.knobs has it; triton itself is slow to import and may be absent."""
     home = Path(os.environ.get("TRITON_HOME", Path.home()))
     return Path(os.environ.get("TRITON_CACHE_DIR", home / ".triton" / "cache"))

@@ -1,20 +1,20 @@
-"""Suites `speed-float32` and `speed-bfloat16`: forward plus backward on the CPU.
+"""Suites `speed-float32` and `speed-bfloat16`: forward plus backward on a CPU.
 
 Against torch's own flash kernel where that can do the problem, against eager attention elsewhere.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from measure import interleaved
-from rich.progress import track
 from torch import Tensor
 
 from flashtile import flash_attn_func, reference
+from flashtile.bench.measure import host_clock, interleaved
+from flashtile.bench.options import Options
 from flashtile.random import draw_rng_state
 from flashtile.testing import assert_within_budget
 from flashtile.testing.standard import standard_attention
@@ -48,9 +48,12 @@ def cells(dtype: torch.dtype) -> list[Cell]:
     ]
 
 
-def run(dtype: torch.dtype, rounds: int) -> list[dict[str, Any]]:
-    """One row a cell: forward plus backward, causal, 8 heads x 64."""
-    return [_measure(cell, rounds) for cell in track(cells(dtype), "speed")]
+def measure_float32(options: Options) -> Iterator[dict[str, Any]]:
+    return (_measure(cell, options.rounds) for cell in cells(torch.float32))
+
+
+def measure_bfloat16(options: Options) -> Iterator[dict[str, Any]]:
+    return (_measure(cell, options.rounds) for cell in cells(torch.bfloat16))
 
 
 def _measure(cell: Cell, rounds: int) -> dict[str, Any]:
@@ -72,10 +75,11 @@ def _measure(cell: Cell, rounds: int) -> dict[str, Any]:
     }
     # Eager bf16 takes 13 s at 2,048 tokens and 50 s at 4,096 where the CPU has no bf16 units.
     if cell.dtype == torch.bfloat16:
-        times = interleaved(providers, rounds=3 if cell.seqlen <= 2048 else 2, warmup=0)
+        rounds, warmup = 3 if cell.seqlen <= 2048 else 2, 0
     else:
         # A few per cent against torch's kernel are at stake in the plain cell.
-        times = interleaved(providers, 3 * rounds if peer == "aten" else rounds)
+        rounds, warmup = 3 * rounds if peer == "aten" else rounds, 1
+    times = interleaved(providers, rounds, warmup, host_clock, turn_ms=0.0)
     return {
         "dtype": str(cell.dtype).removeprefix("torch."),
         "seqlen": cell.seqlen,
@@ -83,9 +87,9 @@ def _measure(cell: Cell, rounds: int) -> dict[str, Any]:
         "head_dim": HEAD_DIM,
         "feature": cell.feature,
         "peer": peer,
-        "flashtile": times["flashtile"],
-        "peer_time": times[peer],
-        "speedup": times[peer]["median_ms"] / times["flashtile"]["median_ms"],
+        "flashtile": times["flashtile"].row(),
+        "peer_time": times[peer].row(),
+        "speedup": times[peer].median_ms / times["flashtile"].median_ms,
     }
 
 
@@ -98,7 +102,7 @@ def _check(cell: Cell, q: Tensor, k: Tensor, v: Tensor) -> None:
         generator = torch.Generator().manual_seed(3)
         state = draw_rng_state(q.device, generator)
         keywords["dropout_generator"] = torch.Generator().manual_seed(3)
-    out = flash_attn_func(*part, **keywords)
+    out = flash_attn_func(part[0], part[1], part[2], **keywords)
     keywords.pop("dropout_generator", None)
     golden = reference.attention(*part, **keywords, rng_state=state).out
     eager = reference.attention(*part, **keywords, rng_state=state, dtype=None).out

@@ -1,0 +1,93 @@
+"""Suite `host`: what one eager call costs the host, on a problem too small to matter to a GPU."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+
+from flashtile.bench import providers
+from flashtile.bench.features import Cell
+from flashtile.bench.measure import Function, interleaved
+from flashtile.bench.options import Options
+from flashtile.bench.speed import Prepared
+
+CELL = Cell("full", batch=1, seqlen=128, heads=8, kv_heads=8, head_dim=128)
+
+CALLS = 100
+"""Between two synchronisations: more than a clock's tick, fewer than a launch queue holds."""
+
+NAMES = ("flashtile", "fa2", "cudnn", "flex", "flash-attn", "fa3", "fa4")
+
+MODES: dict[str, type[AbstractContextManager[Any]]] = {"no_grad": torch.no_grad,
+                                                       "autograd": nullcontext}  # fmt: skip
+
+
+def measure(options: Options) -> Iterator[dict[str, Any]]:
+    """A row a mode: microseconds of a call until it returns, without waiting for the device.
+
+    Backends are not forced here: that is done in every plan, and costs the host more than a call.
+    """
+    prepared = Prepared(CELL, options)
+    asked = (n for n in options.providers or NAMES if not n.startswith("flashtile-"))
+    names = [name for name in asked if providers.importable(name)]
+    for mode, recording in MODES.items():
+        functions: dict[str, Function] = {}
+        results: dict[str, Any] = {}
+        for name in names:
+            [found] = prepared.functions(name, ("fwd",)).values()
+            if isinstance(found, str):
+                results[name] = {"reason": found}
+            else:
+                functions[name] = _hundred(prepared, name, recording)
+        found_times = interleaved(
+            functions, options.rounds, clock=Enqueue(options.device), turn_ms=0.0
+        )
+        for name, timing in found_times.items():
+            scale = 1e3 / CALLS
+            results[name] = {
+                "median_us": timing.median_ms * scale,
+                "fastest_us": timing.fastest_ms * scale,
+                "slowest_us": timing.slowest_ms * scale,
+                "rounds": timing.rounds,
+                "calls": CALLS,
+            }
+        yield {**CELL.row(), "mode": mode, "providers": {name: results[name] for name in names}}
+
+
+def _hundred(
+    prepared: Prepared, name: str, recording: type[AbstractContextManager[Any]]
+) -> Function:
+    """So many calls in a row. SDPA's backend is chosen once for all of them, as a program does."""
+    attend = prepared.attend(name)
+
+    def calls() -> None:
+        with recording(), providers.context(name):
+            for _ in range(CALLS):
+                attend()
+
+    return calls
+
+
+class Enqueue:
+    """The host's clock from an idle device until a function has returned."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+
+    def __call__(self, function: Function, calls: int) -> list[float]:
+        times = []
+        for _ in range(calls):
+            self._wait()
+            start = time.perf_counter()
+            function()
+            times.append((time.perf_counter() - start) * 1e3)
+        self._wait()
+        return times
+
+    def _wait(self) -> None:
+        if self._cuda:
+            torch.cuda.synchronize()

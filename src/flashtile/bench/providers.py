@@ -1,0 +1,174 @@
+"""Who computes a cell: flashtile by each backend, PyTorch's kernels, flash-attention's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import lru_cache, partial
+from importlib import import_module
+from importlib.util import find_spec
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from flashtile import flash_attn_func, flash_attn_varlen_func, ops
+from flashtile import plan as planning
+from flashtile.bench import flex
+from flashtile.bench.features import Cell, Work
+from flashtile.plan import Device, Plan
+from flashtile.problem import AttentionProblem
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(q, k, v) -> out, as flash_attn_func and, packed, as flash_attn_varlen_func have them."""
+
+
+class CannotError(Exception):
+    """A provider does not do a cell: why."""
+
+
+def build(name: str, cell: Cell, work: Work, device: torch.device) -> Attend:
+    """A provider's attention for a cell. Raises CannotError, or what its library raises."""
+    if name.startswith("flashtile"):
+        return _flashtile(work)
+    if name == "flex":
+        return _flex(cell, work, device)
+    if name == "fa2" and (work.lengths or "window_size" in work.keywords):
+        return _torch_varlen(cell, work, device)
+    if name in SDPA:
+        return _sdpa(name, cell, work)
+    return _package(name, work)
+
+
+def context(name: str) -> AbstractContextManager[None]:
+    """What the calls of a provider, and of its backward, run in."""
+    if name in SDPA:
+        return sdpa_kernel(SDPA[name])
+    prefix, _, backend = name.partition("-")
+    return only(backend) if prefix == "flashtile" and backend else nullcontext()
+
+
+@contextmanager
+def only(backend: str) -> Iterator[None]:
+    """Let every plan choose `backend`. A problem that it cannot do raises CannotError."""
+    before = ops.plan
+    ops.plan = partial(_only, backend)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        ops.plan = before
+
+
+@lru_cache(maxsize=4096)
+def _only(backend: str, problem: AttentionProblem, device: Device) -> Plan:
+    before, planning.BACKENDS = planning.BACKENDS, (backend,)  # type: ignore[assignment]
+    try:
+        return planning.plan.__wrapped__(problem, device)
+    except StopIteration:
+        raise CannotError(f"{backend} cannot do it") from None
+    finally:
+        planning.BACKENDS = before
+
+
+def _flashtile(work: Work) -> Attend:
+    function = flash_attn_varlen_func if work.packed else flash_attn_func
+    return lambda q, k, v: function(q, k, v, **work.keywords)
+
+
+def _flex(cell: Cell, work: Work, device: torch.device) -> Attend:
+    if "dropout_p" in work.keywords:
+        raise CannotError("FlexAttention has no dropout")
+    return batched(flex.attention(cell, work, device), work)
+
+
+def batched(attend: Attend, work: Work) -> Attend:
+    """For a library that takes packed sequences as a batch of one."""
+    if not work.packed:
+        return attend
+    return lambda q, k, v: attend(q[None], k[None], v[None])[0]
+
+
+SDPA = {
+    "fa2": SDPBackend.FLASH_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "math": SDPBackend.MATH,
+}
+"""scaled_dot_product_attention's kernels. The flash kernel is a copy of FlashAttention-2."""
+
+
+def _sdpa(name: str, cell: Cell, work: Work) -> Attend:
+    """SDPA on (batch, heads, seqlen, head_dim) views of the same memory."""
+    if "softcap" in work.keywords:
+        raise CannotError("SDPA has no softcap")
+    if name == "fa2" and work.attn_mask is not None:
+        raise CannotError("SDPA's flash kernel takes no mask")
+    mask = None if work.attn_mask is None else work.attn_mask()
+    options = {
+        "attn_mask": mask,
+        "is_causal": work.causal and mask is None,
+        "dropout_p": work.keywords.get("dropout_p", 0.0),
+        "enable_gqa": cell.heads != cell.kv_heads,
+    }
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v, **options).transpose(1, 2)
+
+    return batched(attend, work)
+
+
+def _torch_varlen(cell: Cell, work: Work, device: torch.device) -> Attend:
+    """PyTorch's FlashAttention-2 on packed sequences, which has windows too; torch >= 2.11."""
+    varlen_attn = import_module("torch.nn.attention.varlen").varlen_attn
+    lengths = work.lengths or (cell.seqlen,) * cell.batch
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32)
+    sides = work.keywords.get("window_size", (-1, 0 if work.causal else -1))
+    options = {"window_size": sides, "enable_gqa": True} if cell.heads != cell.kv_heads else {
+        "window_size": sides}  # fmt: skip
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        rows = (x.reshape(-1, *x.shape[-2:]) for x in (q, k, v))
+        out = varlen_attn(*rows, cu_seqlens, cu_seqlens, max(lengths), max(lengths), **options)
+        return out.view(*q.shape[:-1], -1)
+
+    return attend
+
+
+PACKAGES = {
+    "flash-attn": ("flash_attn", {"dropout_p", "window_size", "softcap", "alibi_slopes"}),
+    "fa3": ("flash_attn_interface", {"window_size", "softcap"}),
+    "fa4": ("flash_attn.cute", {"window_size", "softcap"}),
+}
+"""The flash-attention project's modules: 2, 3 (`hopper/`) and 4, and what they do besides causal
+and varlen."""
+
+PROVIDERS = ("flashtile", "flashtile-hopper", "flashtile-triton", "flashtile-torch", *SDPA, "flex",
+             *PACKAGES)  # fmt: skip
+"""Everyone: flashtile by the plan's choice of backend or by a given one, and the others."""
+
+_VARLEN = {"cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"}
+
+
+def importable(name: str) -> bool:
+    """Whether a provider is installed; PyTorch's own are."""
+    if name not in PACKAGES:
+        return True
+    module = PACKAGES[name][0]
+    return find_spec(module.partition(".")[0]) is not None and find_spec(module) is not None
+
+
+def _package(name: str, work: Work) -> Attend:
+    module, known = PACKAGES[name]
+    unknown = set(work.keywords) - known - _VARLEN - {"causal"}
+    if unknown:
+        raise CannotError(f"{name} has no {', '.join(sorted(unknown))}")
+    library = import_module(module)
+    function = library.flash_attn_varlen_func if work.packed else library.flash_attn_func
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        found = function(q, k, v, **work.keywords)
+        return found[0] if isinstance(found, tuple) else found
+
+    return attend

@@ -1,0 +1,174 @@
+"""Suites `dense` and `features`: forward and backward of named cells, each on its own.
+
+Forward is timed as in training, with autograd recording. Backward is timed over one forward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flashtile.bench import providers
+from flashtile.bench.features import FEATURES, Cell, Work, flops
+from flashtile.bench.gate import Gate, Inputs, draw
+from flashtile.bench.measure import Function
+from flashtile.bench.options import Options
+from flashtile.explain import explain
+
+DENSE = ("flashtile", "flashtile-triton", "fa2", "cudnn", "flex", "flash-attn", "fa3", "fa4")
+FEATURE = ("flashtile", "flashtile-triton", "fa2", "efficient", "flex", "flash-attn", "fa3", "fa4")
+
+NARROW = ("window", "softcap", "dropout", "documents")
+"""The features that are measured at head dim 64 as well as 128."""
+
+BIAS_TOKENS = 4096
+"""Of a row with a bias of its own for every pair: 0.5 GB at 16 heads, 8.6 GB at 16,384 tokens."""
+
+
+def dense_cells(options: Options) -> Iterator[Cell]:
+    """Batch = tokens / seqlen, heads = hidden / head_dim."""
+    for head_dim in options.head_dims:
+        for feature in ("full", "causal"):
+            seqlen = min(512, options.tokens)
+            while seqlen <= options.tokens:
+                heads = options.hidden // head_dim
+                batch = options.tokens // seqlen
+                yield Cell(feature, batch, seqlen, heads, heads, head_dim)
+                seqlen *= 2
+
+
+def feature_cells(options: Options) -> Iterator[Cell]:
+    for head_dim in (128, 64):
+        heads = options.hidden // head_dim
+        plain = Cell("causal", 1, options.tokens, heads, heads, head_dim)
+        for feature in FEATURES:
+            if feature in ("full", "causal") or (head_dim == 64 and feature not in NARROW):
+                continue
+            cell = replace(plain, feature=feature)
+            if feature == "gqa":
+                cell = replace(cell, heads=2 * heads, kv_heads=max(1, heads // 2))
+            elif "bias" in feature:
+                seqlen = min(BIAS_TOKENS, options.tokens)
+                cell = replace(cell, batch=options.tokens // seqlen, seqlen=seqlen)
+            yield cell
+
+
+def measure_dense(options: Options) -> Iterator[dict[str, Any]]:
+    for cell in filter(options.wants, dense_cells(options)):
+        flexes = cell.seqlen == options.tokens and cell.head_dim <= 128
+        yield from measure(cell, _names(DENSE, options, flexes), options)
+
+
+def measure_features(options: Options) -> Iterator[dict[str, Any]]:
+    for cell in filter(options.wants, feature_cells(options)):
+        yield from measure(cell, _names(FEATURE, options, cell.head_dim == 128), options, True)
+
+
+def _names(default: tuple[str, ...], options: Options, flexes: bool) -> list[str]:
+    """A configuration of FlexAttention takes 10 to 40 s to compile: not all have it."""
+    names = options.providers or default
+    skipped = set() if flexes or options.flex_all or options.providers else {"flex"}
+    return [name for name in names if name not in skipped and providers.importable(name)]
+
+
+def measure(
+    cell: Cell, names: list[str], options: Options, against_plain: bool = False
+) -> Iterator[dict[str, Any]]:
+    """A row a mode: each provider's timing, or the reason that it has none.
+
+    With `against_plain`, flashtile's time of the cell's baseline joins the turns as "plain".
+    """
+    prepared = Prepared(cell, options)
+    plain = Prepared(prepared.work.baseline, options) if against_plain else None
+    default = prepared.backend()
+    tried = {
+        name: prepared.functions(name, options.modes)
+        for name in names
+        if name != f"flashtile-{default}"
+    }
+    if plain is not None:
+        tried["plain"] = plain.functions("flashtile", options.modes)
+    prepared.forget_references()
+    for mode in options.modes:
+        found = {name: functions[mode] for name, functions in tried.items()}
+        times = options.time({n: f for n, f in found.items() if not isinstance(f, str)})
+        results: dict[str, Any] = {n: {"reason": f} for n, f in found.items() if isinstance(f, str)}
+        for name, timing in times.items():
+            of = plain if plain is not None and name == "plain" else prepared
+            rate = of.flops(mode) / timing.median_ms / 1e9
+            results[name] = {**timing.row(), "tflops": rate}
+        row = {**cell.row(), "mode": mode, "backend": default, "flops": prepared.flops(mode)}
+        if plain is not None:
+            row["plain"] = plain.row(mode)
+        yield {**row, "providers": {name: results[name] for name in tried}}
+
+
+class Prepared:
+    """A cell with its operands, ready to be computed by anyone."""
+
+    def __init__(self, cell: Cell, options: Options) -> None:
+        self._cell, self._device = cell, options.device
+        self.work: Work = FEATURES[cell.feature](cell, options.device)
+        self._inputs: Inputs = draw(cell, self.work, options.device)
+        self._gate = Gate(cell, self.work, self._inputs)
+
+    def backend(self) -> str:
+        return explain(*self._inputs.leaves, **self.work.keywords).plan.backend
+
+    def flops(self, mode: str) -> float:
+        return flops(self._cell, self.work, mode)
+
+    def row(self, mode: str) -> dict[str, Any]:
+        return {**self._cell.row(), "flops": self.flops(mode)}
+
+    def forget_references(self) -> None:
+        """Give the memory of the checks back."""
+        self._gate = Gate(self._cell, self.work, self._inputs)
+
+    def attend(self, name: str) -> Callable[[], Tensor]:
+        """A provider's attention on the cell's operands."""
+        attend = providers.build(name, self._cell, self.work, self._device)
+        return lambda: attend(*self._inputs.leaves)
+
+    def functions(self, name: str, modes: tuple[str, ...]) -> dict[str, Function | str]:
+        """What to time in each mode, once it has been checked, or the reason not to."""
+        try:
+            attend = providers.build(name, self._cell, self.work, self._device)
+        except Exception as error:
+            return dict.fromkeys(modes, reason(error))
+        found: dict[str, Function | str] = {}
+        for mode in modes:
+            try:
+                found[mode] = self._checked(name, mode, attend)
+            except Exception as error:
+                found[mode] = reason(error)
+        return found
+
+    def _checked(self, name: str, mode: str, attend: providers.Attend) -> Function:
+        def forward() -> Tensor:
+            with providers.context(name):
+                return attend(*self._inputs.leaves)
+
+        self._gate.seed()
+        if mode == "fwd":
+            self._gate.check(name, [forward()])
+            return forward
+        out, leaves = forward(), (*self._inputs.leaves, *self.work.learned)
+
+        def backward() -> tuple[Tensor, ...]:
+            with providers.context(name):
+                return torch.autograd.grad(out, leaves, self._inputs.dout, retain_graph=True)
+
+        self._gate.check(name, backward())
+        return backward
+
+
+def reason(error: Exception) -> str:
+    """Its first line, as short as a table wants it."""
+    lines = str(error).strip().splitlines()
+    text = lines[0] if lines else type(error).__name__
+    return text if len(text) <= 160 else text[:157] + "..."

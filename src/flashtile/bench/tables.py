@@ -1,0 +1,214 @@
+"""Tables of results in Markdown. Where a suite has not been run, its table is empty."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from flashtile.bench.record import read
+from flashtile.bench.summary import Document, Row, against_plain, milliseconds, ratio, speedup
+
+GPU = "h200"
+"""The GPU whose figures README shows."""
+
+FEATURES = {
+    "window": "causal, a window of a sixteenth to the left",
+    "softcap": "causal, softcap",
+    "alibi": "causal, ALiBi",
+    "dropout": "causal, dropout 0.1",
+    "documents": "16 documents in a row",
+    "blocks": "bool tensor, random blocks of 128 x 128",
+    "mask": "bool tensor that is causal",
+    "bias": "bias of every pair",
+    "learned bias": "bias of every pair, with its gradient",
+    "gqa": "causal, 32 heads on 8 KV heads",
+    "varlen": "causal, packed lognormal lengths",
+}
+
+PEERS = {"fa2": "FlashAttention-2", "efficient": "SDPA with a mask", "flex": "FlexAttention"}
+
+
+def fill_in(results: Path) -> dict[str, str]:
+    """Every table of README by name."""
+    makers: dict[str, Callable[[Path], str]] = {
+        "cpu-speed": cpu_speed,
+        "cpu-memory": cpu_memory,
+        f"{GPU}-dense": dense,
+        f"{GPU}-features": features,
+        f"{GPU}-memory": memory,
+        f"{GPU}-host": host,
+    }
+    return {name: make(results) for name, make in makers.items()}
+
+
+def dense(results: Path) -> str:
+    """TFLOP/s by sequence length, and how many times FlashAttention-2's speed that is."""
+    document = read(results / GPU / "dense.json")
+    if document is None:
+        return ""
+    rows = document["rows"]
+    seqlens = sorted({row["seqlen"] for row in rows})
+    lines = [
+        f"bf16 on an {document['environment']['gpu']}, 16,384 tokens, hidden size 2,048: TFLOP/s, "
+        "and how many times faster than",
+        "PyTorch's FlashAttention-2.",
+        "",
+        f"![speed by sequence length](benchmarks/results/{GPU}/dense-causal.png)",
+        "",
+        _header("mode, mask, head dim", *(f"{n:,}" for n in seqlens)),
+    ]
+    kinds = sorted({(r["mode"] != "fwd", r["head_dim"], r["feature"]) for r in rows})
+    for backward, head_dim, feature in kinds:
+        mode = "bwd" if backward else "fwd"
+        kind = (mode, head_dim, feature)
+        part = {r["seqlen"]: r for r in rows if (r["mode"], r["head_dim"], r["feature"]) == kind}
+        name = f"{'backward' if backward else 'forward'}, {feature}, {head_dim}"
+        lines.append(_line(name, *(_rate(part.get(n)) for n in seqlens)))
+    return "\n".join((*lines, "", _source(document, GPU)))
+
+
+def _rate(row: Row | None) -> str:
+    ours = {} if row is None else row["providers"]["flashtile"]
+    if row is None or "tflops" not in ours:
+        return ""
+    gain = ratio(row, "fa2")
+    return f"{ours['tflops']:.0f}" + ("" if gain is None else f", {gain:.2f}x")
+
+
+def features(results: Path) -> str:
+    """Times, in units of plain attention's and over the peers."""
+    document = read(results / GPU / "features.json")
+    if document is None:
+        return ""
+    lines = [
+        "Features at head dim 128, forward / backward: time, that in units of plain attention's "
+        "for the same FLOPs, and how many",
+        "times faster than the peers that can do it.",
+        "",
+        _header("", "ms", "over plain", *PEERS.values()),
+    ]
+    for feature, text in FEATURES.items():
+        pair = [r for mode in ("fwd", "bwd") for r in document["rows"]
+                if (r["mode"], r["feature"], r["head_dim"]) == (mode, feature, 128)]  # fmt: skip
+        if pair:
+            lines.append(_line(
+                text, _both(milliseconds(r, "flashtile") for r in pair),
+                _both((against_plain(r) for r in pair), "x"),
+                *(_both((ratio(r, name) for r in pair), "x") for name in PEERS),
+            ))  # fmt: skip
+    return "\n".join((*lines, "", *_gains(document), "", _source(document, GPU)))
+
+
+def _gains(document: Document) -> list[str]:
+    """What masks save, in a sentence a mask."""
+    found = []
+    for row in document["rows"]:
+        gain = speedup(row)
+        if row["feature"] in ("window", "documents", "blocks") and row["head_dim"] == 128 and gain:
+            mode = "forward" if row["mode"] == "fwd" else "backward"
+            found.append(f"- {FEATURES[row['feature']]}, {mode}: {gain:.1f}x the speed of "
+                         f"{row['plain']['feature']} attention.")  # fmt: skip
+    return found
+
+
+def _both(values: Any, unit: str = "") -> str:
+    """Forward / backward, a dash for what there is not; nothing where there is neither."""
+    found = ["-" if x is None else f"{x:.2f}{unit}" for x in values]
+    return "" if set(found) == {"-"} else " / ".join(found)
+
+
+def memory(results: Path) -> str:
+    document = read(results / GPU / "memory.json")
+    if document is None:
+        return ""
+    names = {"flashtile": "flashtile", "fa2": "FlashAttention-2", "math": "SDPA math"}
+    lines = ["Peak memory of forward plus backward above the inputs, bf16, causal, 16 heads x 128.",
+             "", _header("tokens", *names.values())]  # fmt: skip
+    for row in document["rows"]:
+        if row["path"] == "causal":
+            lines.append(_line(f"{row['seqlen']:,}", *(_mib(row, name) for name in names)))
+    return "\n".join((*lines, "", _source(document, GPU)))
+
+
+def _mib(row: Row, name: str) -> str:
+    size = row.get(f"{name}_bytes")
+    return "not run" if size is None else f"{size / 2**20:,.0f} MiB"
+
+
+def host(results: Path) -> str:
+    document = read(results / GPU / "host.json")
+    if document is None:
+        return ""
+    rows = {row["mode"]: row["providers"] for row in document["rows"]}
+    lines = ["What one eager call costs the host, 1 x 128 tokens x 8 heads x 128.", "",
+             _header("microseconds", "without autograd", "with autograd")]  # fmt: skip
+    for name in dict.fromkeys(name for providers in rows.values() for name in providers):
+        costs = [rows[mode].get(name, {}).get("median_us") for mode in ("no_grad", "autograd")]
+        if any(cost is not None for cost in costs):
+            text = PEERS.get(name, name)
+            lines.append(_line(text, *("" if us is None else f"{us:.1f}" for us in costs)))
+    return "\n".join((*lines, "", _source(document, GPU)))
+
+
+def cpu_speed(results: Path) -> str:
+    documents = [
+        document for suite in ("speed-float32", "speed-bfloat16")
+        if (document := read(results / "cpu" / f"{suite}.json")) is not None
+    ]  # fmt: skip
+    if not documents:
+        return ""
+    lines = [
+        _header("forward + backward", "fp32, 2,048", "fp32, 4,096", "bf16, 2,048", "bf16, 4,096")
+    ]
+    rows = [row for document in documents for row in document["rows"]]
+    for feature in dict.fromkeys(row["feature"] for row in rows):
+        cells = [row for row in rows if row["feature"] == feature]
+        against = "torch's flash kernel" if cells[0]["peer"] == "aten" else "eager"
+        figures = (
+            f"{_time(row['flashtile']['median_ms'])}, {row['speedup']:.2f}x" for row in cells
+        )
+        lines.append(_line(f"{feature}, against {against}", *figures))
+    return "\n".join((*lines, "", *(_source(document, "cpu") for document in documents)))
+
+
+def cpu_memory(results: Path) -> str:
+    document = read(results / "cpu" / "memory.json")
+    if document is None:
+        return ""
+    lines = [_header("tokens", "flashtile", "standard attention", "ratio")]
+    for row in document["rows"]:
+        if row["path"] == "causal":
+            standard, flash = row.get("standard_bytes"), row["flashtile_bytes"]
+            ratio_text = f"{standard / flash:.0f}x" if standard else ""
+            theirs = f"{standard / 2**20:.1f} MiB" if standard else "not run"
+            lines.append(
+                _line(f"{row['seqlen']:,}", f"{flash / 2**20:.1f} MiB", theirs, ratio_text)
+            )
+    return "\n".join(lines) + "\n\n" + _source(document, "cpu")
+
+
+def _time(ms: float) -> str:
+    return f"{ms / 1e3:.2f} s" if ms >= 1000 else f"{ms:.0f} ms"
+
+
+def _header(*names: str) -> str:
+    return _line(*names) + "\n" + "|" + "---|" * len(names)
+
+
+def _line(*cells: str) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _source(document: Document, device: str) -> str:
+    """Where figures come from: machine, versions, commit, file."""
+    env = document["environment"]
+    where = (
+        f"{env['gpu']} (driver {env['driver']}, CUDA {env['cuda']}, Triton {env['triton']})"
+        if "gpu" in env
+        else f"{env['cpu']} ({env['capability']}, {env['threads']} threads)"
+    )
+    return (
+        f"{where}, torch {env['torch']}, commit {env['commit'][:9]}, {env['date'][:10]}: "
+        f"`benchmarks/results/{device}/{document['suite']}.json`."
+    )

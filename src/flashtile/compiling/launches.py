@@ -1,0 +1,84 @@
+"""What the backends would launch for a call: their own host code, on tensors without memory."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+
+from flashtile.backends import blocklists
+from flashtile.backends import launch as launching
+from flashtile.backends.launch import Launch
+from flashtile.compiling.cases import Case, build
+from flashtile.kernels.config import Tile
+from flashtile.plan import Device, plan
+from flashtile.problem import describe
+
+
+def launches(case: Case, arch: str) -> list[Launch]:
+    """Every launch of a call and of its backward on a GPU of that architecture, in order; none
+    where the plan leaves the call to PyTorch's operators."""
+    call = build(case)
+    chosen = plan(replace(describe(call), device="cuda"), Device("cuda", arch, True))
+    if chosen.kernels is None:
+        return []
+    backend = importlib.import_module(f"flashtile.backends.{chosen.backend}")
+    with _recorded() as found:
+        if call.operands.document_ids_q is not None or call.operands.attn_mask is not None:
+            codes = blocklists.classify(call)
+            call = call._replace(operands=call.operands._replace(mask_blocks=codes))
+        out, lse = backend.forward(call, chosen)
+        backend.backward(call, chosen, torch.empty_like(out), None, out, lse, (True,) * 5)
+    return found
+
+
+@contextmanager
+def _recorded() -> Iterator[list[Launch]]:
+    """Launches of the backends land in the list instead of on a GPU."""
+    found: list[Launch] = []
+    run = launching.run
+    backends = [m for name, m in sys.modules.items() if name.startswith("flashtile.backends.")]
+    with ExitStack() as stack:
+        for module in backends:
+            if getattr(module, "run", None) is run:
+                stack.enter_context(patch.object(module, "run", found.append))
+        yield found
+
+
+def tile_of(launch: Launch) -> Tile | None:
+    """The tile that a kernel is compiled for; lists of blocks have none."""
+    return next((x for x in launch.arguments if isinstance(x, Tile)), None)
+
+
+def tiling(launch: Launch) -> tuple[Any, ...]:
+    """How the plan tiles a kernel. Head dims under 64 need less of everything than 64 does."""
+    kernel, _, _, *options = launch
+    tile = tile_of(launch)
+    numbers = tile and (tile.block_m, tile.block_n, max(64, tile.padded, tile.padded_v))
+    return kernel.__name__, numbers, *options
+
+
+def signature(launch: Launch) -> str:
+    """What Triton compiles a launch for: equal for launches that share a kernel."""
+    kernel, _, arguments, *options = launch
+    return repr((kernel.__name__, _traits(arguments), options))
+
+
+def _traits(x: Any) -> Any:
+    """A tensor's dtype, an integer's width and divisibility, a function's identity."""
+    if isinstance(x, tuple):
+        return type(x).__name__, tuple(map(_traits, x))
+    if isinstance(x, Tensor):
+        return x.dtype
+    if isinstance(x, float):
+        return float
+    if isinstance(x, int) and not isinstance(x, bool):
+        return "one" if x == 1 else (x % 16 == 0, abs(x) >= 2**31)
+    return getattr(x, "__qualname__", x)

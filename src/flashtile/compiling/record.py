@@ -1,0 +1,58 @@
+"""What a compiled kernel needs of a GPU, and what is wrong with it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from flashtile.tiles import LEAST_SHARED, SHARED_LIMIT
+
+SPILL_LIMIT = 64
+"""Bytes a thread may spill: sixteen registers, what is live across the mainloop but not in it."""
+
+TENSOR_COLUMNS = 512
+"""Columns of Blackwell's tensor memory, 128 lanes of 4 bytes each."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """One kernel, compiled for one architecture."""
+
+    arch: str  # sm_90, gfx942, ...
+    kernel: str  # the name of the function
+    case: str  # the first call that launches it
+    dtype: str
+    block_q: int  # 0 for kernels without tiles
+    block_k: int
+    num_warps: int
+    num_stages: int
+    seconds: float = 0.0
+    registers: int = 0  # of a thread
+    spill_bytes: int = 0  # of a thread
+    shared_bytes: int = 0  # of a block
+    tensor_columns: int = 0  # of a block, in Blackwell's tensor memory
+    matrix: str = ""  # its matrix instructions: HMMA, HGMMA, UTCMMA or MFMA
+    warnings: tuple[str, ...] = ()  # ptxas's, C75xx
+    error: str = ""  # why it does not compile
+
+    @property
+    def multiplies(self) -> bool:
+        """Whether it must have matrix instructions: fp32 is computed on ordinary cores."""
+        return self.kernel.startswith("attention_") and self.dtype != "float32"
+
+
+def faults(record: Record) -> list[str]:
+    """What keeps a kernel from being fast, or from running."""
+    if record.error:
+        return [f"does not compile: {record.error}"]
+    found = []
+    limit = SHARED_LIMIT.get(record.arch, LEAST_SHARED)
+    if record.spill_bytes > SPILL_LIMIT:
+        found.append(f"spills {record.spill_bytes:,} bytes, the limit is {SPILL_LIMIT}")
+    if record.shared_bytes > limit:
+        found.append(f"needs {record.shared_bytes:,} bytes of shared memory, there are {limit:,}")
+    if record.tensor_columns > TENSOR_COLUMNS:
+        columns = f"{record.tensor_columns} columns of tensor memory"
+        found.append(f"needs {columns}, there are {TENSOR_COLUMNS}")
+    if record.multiplies and not record.matrix:
+        found.append("has no matrix instructions")
+    return found + [f"ptxas warns: {warning}" for warning in sorted(set(record.warnings))]

@@ -1,0 +1,169 @@
+"""What is made of results: verdicts, tables and plots, from documents as a GPU would have them."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flashtile.bench import plots, summary, tables
+
+ENVIRONMENT = {
+    "date": "2026-11-21 12:00 UTC", "commit": "a" * 40, "dirty": False, "torch": "2.11.0+cu130",
+    "cpu": "EPYC", "gpu": "NVIDIA H200", "driver": "580.1", "cuda": "13.0", "cudnn": 91900,
+    "triton": "3.6.0",
+}  # fmt: skip
+
+
+def timed(ms: float, flops: float = 1e12) -> dict[str, Any]:
+    return {"median_ms": ms, "fastest_ms": ms, "slowest_ms": ms, "tflops": flops / ms / 1e9}
+
+
+def row(feature: str, mode: str, seqlen: int = 16384, head_dim: int = 128, **providers: Any) -> Any:
+    return {
+        "feature": feature, "mode": mode, "batch": 16384 // seqlen, "seqlen": seqlen,
+        "heads": 2048 // head_dim, "kv_heads": 2048 // head_dim, "head_dim": head_dim,
+        "backend": "triton", "flops": 1e12, "providers": providers,
+    }  # fmt: skip
+
+
+def document(suite: str, rows: list[Any]) -> dict[str, Any]:
+    return {"suite": suite, "environment": ENVIRONMENT, "rows": rows}
+
+
+def dense(forward_ms: float = 1.0, flex_ms: float = 1.2) -> dict[str, Any]:
+    """FlashAttention-2 takes 2 ms everywhere, cuDNN fails."""
+    return document("dense", [
+        row(mask, mode, seqlen, head_dim, flashtile=timed(ms), fa2=timed(2.0),
+            cudnn={"reason": "out has a relative error of 0.5"},
+            **({"flex": timed(flex_ms)} if seqlen == 16384 else {}))
+        for mode, ms in (("fwd", forward_ms), ("bwd", 1.6))
+        for mask in ("full", "causal") for head_dim in (64, 128) for seqlen in (4096, 16384)
+    ])  # fmt: skip
+
+
+def features(**milliseconds: float) -> dict[str, Any]:
+    """Each feature's time against a plain one of 10 ms; masks see a tenth."""
+    rows = []
+    for feature, ms in milliseconds.items():
+        found = row(feature, "fwd", flashtile=timed(ms), plain=timed(10.0), flex=timed(20.0),
+                    fa2={"reason": "no"})  # fmt: skip
+        masked = feature in ("window", "documents")
+        found["plain"] = {"feature": "full" if feature == "documents" else "causal",
+                          "flops": 1e13 if masked else 1e12}  # fmt: skip
+        rows.append(found)
+    return document("features", rows)
+
+
+def memory(last: float = 2.0) -> dict[str, Any]:
+    return document("memory", [
+        {"path": "causal", "seqlen": 1024, "flashtile_bytes": 2**20, "math_bytes": 2**24},
+        {"path": "causal", "seqlen": 2048, "flashtile_bytes": int(last * 2**20)},
+    ])  # fmt: skip
+
+
+def host(us: float = 10.0) -> dict[str, Any]:
+    return document("host", [
+        {**row("full", mode, 128), "providers": {"flashtile": {"median_us": us},
+                                                 "fa3": {"reason": "absent"}}}
+        for mode in ("no_grad", "autograd")
+    ])  # fmt: skip
+
+
+def _verdicts(document: dict[str, Any]) -> dict[str, bool]:
+    return {claim.what.split(",")[0]: claim.holds for claim in summary.claims(document)}
+
+
+def test_dense_claims() -> None:
+    claims = summary.claims(dense())
+    assert [(round(c.measured, 3), c.limit, c.holds) for c in claims] == [
+        (2.0, 1.30, True), (1.25, 1.15, True), (0.75, 0.95, False),
+    ]  # fmt: skip
+    assert "bwd full" in claims[2].what
+    assert str(claims[0]).startswith("pass  fwd over FlashAttention-2")
+    assert str(claims[2]).startswith("FAIL")
+    assert not summary.claims(dense(forward_ms=1.6))[0].holds
+
+
+def test_features_claims() -> None:
+    assert all(_verdicts(features(window=1.9, documents=1.6, softcap=12.4, mask=12.9)).values())
+    assert not any(_verdicts(features(window=2.1, documents=1.7, softcap=12.6, mask=13.1)).values())
+    assert _verdicts(features(bias=99.0)) == {}
+
+
+def test_a_masks_overhead_is_for_the_same_work() -> None:
+    [row] = features(window=2.0)["rows"]
+    assert summary.speedup(row) == pytest.approx(5.0)
+    assert summary.against_plain(row) == pytest.approx(2.0)
+
+
+def test_memory_and_host_claims() -> None:
+    assert [c.holds for c in summary.claims(memory())] == [True]
+    assert [c.holds for c in summary.claims(memory(last=3.5))] == [False]
+    assert [c.holds for c in summary.claims(host())] == [True, True]
+    assert [c.holds for c in summary.claims(host(us=15.1))] == [False, False]
+
+
+def test_geometric_means_and_worst_cells() -> None:
+    found = summary.lines(dense())
+    assert len(found) == 2 * 2 * 2  # modes, head dims, fa2 and flex: cudnn has no time
+    assert "fwd head dim  64 over fa2               2.00x of  4 cells, worst  2.00x" in found[0]
+
+
+def test_claims_are_a_gpus() -> None:
+    document = dense()
+    document["environment"] = {"cpu": "EPYC"}
+    assert summary.claims(document) == []
+
+
+def test_lines_of_rows() -> None:
+    line = summary.speed_line(dense()["rows"][0])
+    assert "1000 TFLOP/s; fa2 2.00x, cudnn no: out has a relative error" in line
+    assert "flashtile 10.0 us, fa3 no: absent" in summary.host_line(host()["rows"][0])
+    assert "flashtile 1.0 MiB, math 16.0 MiB" in summary.memory_line(memory()["rows"][0])
+    assert "10/2" not in line
+
+
+def _folder(root: Path) -> Path:
+    """Results of every suite."""
+    folder = root / tables.GPU
+    folder.mkdir()
+    for found in (dense(), features(window=2.0, softcap=12.0), memory(), host()):
+        (folder / f"{found['suite']}.json").write_text(json.dumps(found))
+    return folder
+
+
+def test_tables_of_a_gpu(tmp_path: Path) -> None:
+    _folder(tmp_path)
+    found = tables.fill_in(tmp_path)
+
+    assert "| forward, causal, 128 | 1000, 2.00x | 1000, 2.00x |" in found["h200-dense"]
+    assert "dense-causal.png" in found["h200-dense"]
+    assert "| 2.00 | 2.00x |  |  | 10.00x |" in found["h200-features"]
+    assert "forward: 5.0x the speed of causal attention" in found["h200-features"]
+    assert "| 2,048 | 2 MiB | not run | not run |" in found["h200-memory"]
+    assert "| flashtile | 10.0 | 10.0 |" in found["h200-host"] and "fa3" not in found["h200-host"]
+    for name in ("dense", "features", "memory", "host"):
+        lines = found[f"h200-{name}"].splitlines()
+        assert "NVIDIA H200 (driver 580.1, CUDA 13.0, Triton 3.6.0), torch 2.11.0" in lines[-1]
+        widths = {len(re.findall(r"\|", line)) for line in lines if line.startswith("|")}
+        assert len(widths) == 1
+
+
+def test_tables_of_no_results_are_empty(tmp_path: Path) -> None:
+    assert set(tables.fill_in(tmp_path).values()) == {""}
+
+
+def test_plots(tmp_path: Path) -> None:
+    written = plots.draw(_folder(tmp_path))
+
+    names = ["dense-causal.png", "dense-full.png", "features.png", "memory.png"]
+    assert [path.name for path in written] == names
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in written)
+
+
+def test_no_results_draw_no_plots(tmp_path: Path) -> None:
+    assert plots.draw(tmp_path) == []

@@ -1,0 +1,187 @@
+"""`flashtile compile`, for GPUs that are not here: in processes whose Triton compiles."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import fields, replace
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from flashtile.cli import compile as compiling
+from flashtile.cli.app import app
+from flashtile.compiling.cases import VARIANTS, Case, build, every_case
+from flashtile.compiling.pool import Job
+from flashtile.compiling.record import Record
+from flashtile.plan import Device, plan
+from flashtile.problem import describe
+from flashtile.tiles import KernelConfig
+
+pytest.importorskip("triton")
+
+COMPOSITION = """
+from typing import Any, NamedTuple
+import torch, triton, triton.language as tl
+from triton.runtime.driver import driver
+from flashtile.compiling.offline import OfflineDriver
+
+class Mod(NamedTuple):
+    fn: Any
+
+def scale_by(number):
+    factor = tl.constexpr(number)
+    @triton.jit
+    def scale(x):
+        return x * factor
+    return scale
+
+@triton.jit
+def plain(x, mod):
+    tl.store(x, mod.fn(tl.load(x)))
+
+@triton.jit
+def constant(x, mod: tl.constexpr):
+    tl.store(x, mod.fn(tl.load(x)))
+
+def assembly(kernel, number):
+    kernel.device_caches.clear()
+    x = torch.empty(16, device="meta")
+    return kernel.warmup(x, Mod(scale_by(number)), grid=(1,)).asm["ptx"]
+
+driver.set_active(OfflineDriver("sm_90"))
+for kernel in (plain, constant):
+    print(assembly(kernel, 2.0) == assembly(kernel, 3.0))
+"""
+
+
+def _run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment |= {"TRITON_CACHE_DIR": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, *arguments], capture_output=True, text=True, check=False, timeout=300,
+        env=environment,
+    )  # fmt: skip
+
+
+def test_functions_are_part_of_what_a_kernel_is(tmp_path: Path) -> None:
+    """A function in a plain NamedTuple is; in a constexpr one Triton 3.6 to 3.9 hash its name, and
+    reuse the kernel of another function with that name. The kernels must not pass any that way."""
+    program = tmp_path / "program.py"
+    program.write_text(COMPOSITION)
+    done = _run(tmp_path, str(program))
+
+    assert done.stdout.split() == ["False", "True"], done.stderr
+
+
+def test_a_call_compiles_for_gpus_that_are_not_here(tmp_path: Path) -> None:
+    archs = ("--arch", "sm_90", "--arch", "gfx942")
+    done = _run(
+        tmp_path, "-m", "flashtile", "compile", *archs, "--match", "paged bfloat16 128 attention_f",
+        "--json", "--workers", "1",
+    )  # fmt: skip
+    found = json.loads(done.stdout)
+
+    assert {r["arch"]: (r["kernel"], r["matrix"]) for r in found} == {
+        "sm_90": ("attention_forward", "HGMMA"),
+        "gfx942": ("attention_forward", "MFMA"),
+    }
+    for record in found:
+        assert set(record) == {field.name for field in fields(Record)} | {"faults"}
+        assert record["case"] == "paged bfloat16 128"
+        assert 32 < record["registers"] <= 512
+        assert record["shared_bytes"] > 0
+        assert record["error"] == ""
+    assert done.returncode == int(any(r["faults"] for r in found)), done.stderr
+    assert not (tmp_path / "cache").exists()
+
+
+def test_faults_exit_with_1_and_are_in_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    spilling = Record(
+        "sm_80", "attention_forward", "causal bfloat16 64", "bfloat16", 128, 64, 4, 3,
+        registers=255, spill_bytes=716, shared_bytes=65_536, matrix="HMMA",
+    )  # fmt: skip
+    found: list[Record] = []
+    monkeypatch.setattr(compiling, "wanted_jobs", lambda archs, match: [])
+    monkeypatch.setattr(compiling, "compile_jobs", lambda jobs, folder, workers: iter(found))
+
+    assert CliRunner().invoke(app, ["compile"]).exit_code == 0
+    found.append(spilling)
+    done = CliRunner().invoke(app, ["compile"], env={"COLUMNS": "80", "TERM": "dumb"})
+
+    assert done.exit_code == 1
+    row = "sm_80 causal bfloat16 64 forward 128 x 64 4 3 255 716 65,536 HMMA spills 716 bytes,"
+    assert row in " ".join(done.stdout.split())
+
+
+def test_for_the_device_that_is_here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The kernels go where calls look for them; those that were there have no ptxas log."""
+    good = Record("sm_90", "attention_forward", "paged bfloat16 128", "bfloat16", 128, 64, 8, 3,
+                  shared_bytes=98_560, matrix="HGMMA")  # fmt: skip
+    found = [good]
+    folders = []
+
+    def compile_jobs(jobs: list[Job], folder: str | None, workers: int) -> list[Record]:
+        folders.append(folder)
+        return found
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(compiling, "device_arch", lambda: "sm_90")
+    monkeypatch.setattr(compiling, "wanted_jobs", lambda archs, match: [])
+    monkeypatch.setattr(compiling, "compile_jobs", compile_jobs)
+    done = CliRunner().invoke(app, ["compile", "--for-device"])
+
+    assert done.exit_code == 0
+    assert done.stdout == f"1 of 1 kernels for sm_90 are in {tmp_path}\n"
+    assert folders == [None]
+    found.append(replace(good, error="out of memory"))
+    done = CliRunner().invoke(app, ["compile", "--for-device"])
+
+    assert done.exit_code == 1
+    assert "paged bfloat16 128 attention_forward: does not compile: out of memory" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--arch", "sm_12"), "'sm_12' is not one of sm_80, sm_86"),
+        (("--match", "nothing"), "'nothing' is in none of: causal bfloat16 64 kernel"),
+        (("--for-device", "--arch", "sm_90"), "--for-device chooses the architecture"),
+        (("--for-device",), "torch finds no cuda device here"),
+    ],
+)
+def test_mistakes_are_named(
+    arguments: tuple[str, ...], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compiling.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(compiling, "jobs", lambda archs, cases: [Job("", cases[0], 0, "kernel")])
+    done = CliRunner().invoke(app, ["compile", *arguments], env={"COLUMNS": "200"})
+
+    assert done.exit_code == 2
+    assert message in " ".join(done.output.replace("│", " ").split())
+
+
+def test_the_cases_cover_every_feature() -> None:
+    assert {case.variant for case in every_case()} == set(VARIANTS)
+
+
+@pytest.mark.parametrize("arch", compiling.ARCHITECTURES)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_the_cases_cover_every_tile(arch: str, dtype: str) -> None:
+    """fp16 has bf16's tiles, and its instructions but for the type."""
+    cases = [c for c in every_case() if (c.dtype == "float32") == (dtype == "float32")]
+    covered = set().union(*(_tiles(case, arch) for case in cases))
+    for dim in range(8, 513, 8):
+        for variant in ("full", "causal", "bias", "dropout"):
+            assert _tiles(Case(variant, dtype, dim, dim), arch) <= covered, (dim, variant)
+
+
+def _tiles(case: Case, arch: str) -> set[tuple[str, KernelConfig]]:
+    problem = replace(describe(build(case)), device="cuda")
+    kernels = plan(problem, Device("cuda", arch, has_triton=True)).kernels
+    if kernels is None:  # PyTorch's operators compute it
+        return set()
+    return {(field.name, getattr(kernels, field.name)) for field in fields(kernels)}
