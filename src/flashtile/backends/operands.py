@@ -39,7 +39,7 @@ def arguments(call: Call) -> Arguments:
     return Arguments(
         token_view(q), token_view(k), token_view(v), query_sequences(call), key_sequences(call),
         forward.Scale(scale, scale * LOG2E),
-        forward.Heads(opaque(heads), opaque(heads // kv_heads)),
+        forward.Heads(opaque(heads), opaque(heads // max(1, kv_heads))),
     )  # fmt: skip
 
 

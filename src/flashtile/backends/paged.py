@@ -33,7 +33,7 @@ def backward(
     dense = call._replace(
         operands=call.operands._replace(k=k[pages, slots], v=v[pages, slots]),
         sequences=call.sequences._replace(
-            block_table=None, cu_seqlens_k=None, seqused_k=_lengths(call)
+            block_table=None, cache_batch_idx=None, cu_seqlens_k=None, seqused_k=_lengths(call)
         ),
     )
     found = dense_backward(dense, plan, dout, dlse, out, lse, needs)
@@ -46,14 +46,18 @@ def _lengths(call: Call) -> Tensor:
     seqs = call.sequences
     if seqs.seqused_k is not None:
         return seqs.seqused_k
-    assert seqs.cu_seqlens_k is not None
-    return seqs.cu_seqlens_k.diff()
+    if seqs.cu_seqlens_k is not None:
+        return seqs.cu_seqlens_k.diff()
+    assert seqs.cache_batch_idx is not None
+    return torch.full_like(seqs.cache_batch_idx, call.operands.k.shape[1])
 
 
 def _places(call: Call) -> tuple[Tensor, Tensor]:
     """Page and slot of every token up to capacity: (batch, capacity), page 0 past the end."""
     table, page_size = call.sequences.block_table, call.operands.k.shape[1]
-    assert table is not None
+    if table is None:  # a row of the cache is a page
+        assert call.sequences.cache_batch_idx is not None
+        table = call.sequences.cache_batch_idx[:, None]
     position = torch.arange(table.shape[1] * page_size, device=table.device)
     pages = table.long()[:, position // page_size]
     used = position < _lengths(call)[:, None]

@@ -88,7 +88,7 @@ def backward(
     needs: tuple[bool, ...],
 ) -> Gradients:
     """The gradients asked for: needs is (q, k, v, bias, learnable_sink)."""
-    if call.sequences.block_table is not None:
+    if call.sequences.block_table is not None or call.sequences.cache_batch_idx is not None:
         return paged.backward(call, plan, dout, dlse, out, lse, needs, backward)
     configs, tensors = _configs(plan), call.operands
     if out.numel() == 0:
@@ -104,7 +104,9 @@ def backward(
         dq = torch.empty(tensors.q.shape, dtype=tensors.q.dtype, device=tensors.q.device)
         run(_dq_launch(call, plan, configs.dq, prepared.saved, dq))
     if needs[1] or needs[2]:
-        dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        # Slots before a leftpad are no tile's.
+        make = torch.empty if call.sequences.cache_leftpad is None else torch.zeros
+        dk, dv = (make(x.shape, dtype=x.dtype, device=x.device)
                   for x in (tensors.k, tensors.v))  # fmt: skip
         run(_dkdv_launch(call, plan, configs.dkdv, prepared.saved, dk, dv))
     if needs[3] and tensors.bias is not None:

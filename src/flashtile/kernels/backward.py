@@ -137,7 +137,7 @@ def attention_backward_dq(q, k, v, dq, saved, q_seq, k_seq, variant, scale, head
             key_range(variant.masks, first, first + BLOCK_M - 1, q_span, k_span), BLOCK_N
         )
     else:
-        schedule = schedule_list(variant.blocks, batch, head, first, BLOCK_N)
+        schedule = schedule_list(variant.blocks, batch, head, first, q_span.length, BLOCK_N)
     kv_head = head // number(heads.group)
     PADDED: tl.constexpr = TILE.padded
     acc = tl.zeros([BLOCK_M, PADDED], tl.float32)
@@ -204,7 +204,7 @@ def attention_backward_dkdv(q, k, v, dk, dv, saved, q_seq, k_seq, variant, scale
                 query_range(variant.masks, first, first + BLOCK_N - 1, q_span, k_span), BLOCK_M
             )
         else:
-            schedule = schedule_list(variant.blocks, batch, head, first, BLOCK_M)
+            schedule = schedule_list(variant.blocks, batch, head, first, k_span.length, BLOCK_M)
         grads = key_gradient(grads, k_tile, v_tile, q, saved, q_seq, at, schedule, variant,
                              scale, False, TILE)  # fmt: skip
         grads = key_gradient(grads, k_tile, v_tile, q, saved, q_seq, at, schedule, variant,

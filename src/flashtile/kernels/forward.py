@@ -119,7 +119,7 @@ def attention_forward(q, k, v, out, lse, q_seq, k_seq, variant, sink, scale, hea
             key_range(variant.masks, first, first + BLOCK_M - 1, q_span, k_span), BLOCK_N
         )
     else:
-        schedule = schedule_list(variant.blocks, batch, head, first, BLOCK_N)
+        schedule = schedule_list(variant.blocks, batch, head, first, q_span.length, BLOCK_N)
     state = start_softmax(sink, head, BLOCK_M, TILE.padded_v)
     kv_head = head // number(heads.group)
     state = attend(state, q_tile, k, v, k_seq, at, schedule, variant, scale, kv_head,

@@ -191,8 +191,9 @@ def visible(masks, at):
 @triton.jit
 def key_range(masks, first, last, q, k):
     """Fold the masks' ranges for the queries first..last; empty where there are no queries."""
-    lo, full_lo, full_hi = 0, 0, k.length
+    lo, full_lo = 0, 0
     hi = tl.where(first < q.length, k.length, 0)
+    full_hi = hi
     for i in tl.static_range(len(masks)):
         r = masks[i].keys(first, last, q, k, masks[i].args)
         lo, full_lo = tl.maximum(lo, r.lo), tl.maximum(full_lo, r.full_lo)
@@ -203,8 +204,9 @@ def key_range(masks, first, last, q, k):
 @triton.jit
 def query_range(masks, first, last, q, k):
     """Fold the masks' ranges for the keys first..last; empty where there are no keys."""
-    lo, full_lo, full_hi = 0, 0, q.length
+    lo, full_lo = 0, 0
     hi = tl.where(first < k.length, q.length, 0)
+    full_hi = hi
     for i in tl.static_range(len(masks)):
         r = masks[i].queries(first, last, q, k, masks[i].args)
         lo, full_lo = tl.maximum(lo, r.lo), tl.maximum(full_lo, r.full_lo)

@@ -51,12 +51,14 @@ def schedule_range(r, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def schedule_list(blocks, batch, head, first, BLOCK: tl.constexpr):
-    """The blocks of a list's row."""
+def schedule_list(blocks, batch, head, first, length, BLOCK: tl.constexpr):
+    """The blocks of a list's row; none past `length`, where there may be no list either."""
     tile = tl.cast(batch, tl.int64) * number(blocks.stride_batch)
     tile += head * number(blocks.stride_head) + first // LIST_BLOCK
     split = LIST_BLOCK // BLOCK
-    partial, full = tl.load(blocks.counts + 2 * tile), tl.load(blocks.counts + 2 * tile + 1)
+    used = first < length
+    partial = tl.load(blocks.counts + 2 * tile, mask=used, other=0)
+    full = tl.load(blocks.counts + 2 * tile + 1, mask=used, other=0)
     row = tile * number(blocks.blocks)
     return Schedule(partial * split, full * split, 0, 0, 0, 0, row)
 

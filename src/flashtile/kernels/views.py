@@ -85,7 +85,7 @@ def open_sequence(seq, batch):
         length = tl.minimum(used, number(seq.length) if seq.table is not None else room)
     length = tl.maximum(length - leftpad, 0)
     start = tl.cast(start, tl.int64) + leftpad
-    return Span(tl.cast(batch, tl.int64), row, start, length, room, leftpad)
+    return Span(tl.cast(batch, tl.int64), row, start, length, room - leftpad, leftpad)
 
 
 @triton.jit
