@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -34,9 +35,10 @@ def warm(launch: Launch) -> Callable[..., None]:
 
     It skips Triton's binding and specialisation of arguments, most of the host time of a launch.
     """
-    compiled = launch.kernel.warmup(
-        *launch.arguments, grid=(1,), num_warps=launch.num_warps, num_stages=launch.num_stages
-    )
+    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+    if not hasattr(launch.kernel, "device_caches"):  # Triton's interpreter compiles nothing
+        return partial(launch.kernel[(launch.grid,)], **options)
+    compiled = launch.kernel.warmup(*launch.arguments, grid=(1,), **options)
     start = compiled[(launch.grid, 1, 1)]
     index = torch.cuda.current_device()
     return lambda *arguments: start(*arguments, stream=_stream(index))

@@ -7,15 +7,15 @@ and grids depend on shapes alone, so that a captured graph replays with other le
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from flashtile import config
+from flashtile import config as switches
 from flashtile.backends import blocklists, operands, paged
-from flashtile.backends.launch import Launch, run, warm
+from flashtile.backends.launch import Launch, warm
 from flashtile.backends.operands import row_view, token_view
+from flashtile.backends.replays import launch
 from flashtile.backends.torch import Gradients
 from flashtile.kernels import backward as backward_kernels
 from flashtile.kernels import bias as bias_kernels
@@ -28,17 +28,12 @@ from flashtile.tiles import KernelConfig, KernelConfigs
 PREPARE_ROWS = 64
 
 
-class _Prepared(NamedTuple):
-    saved: backward_kernels.Saved
-    dsink: Tensor | None
-
-
 def forward(call: Call, plan: Plan) -> tuple[Tensor, Tensor]:
     """(out, lse) of a call; rows of no sequence and rows that see no key are 0 and -inf."""
     q, v = call.operands.q, call.operands.v
     out = q.new_empty((*q.shape[:-1], v.shape[-1]))
     lse = q.new_empty(call.lse_shape, dtype=torch.float32)
-    run(forward_launch(call, plan, out, lse))
+    launch("forward", call, (out, lse), lambda: forward_launch(call, plan, out, lse))
     return out, lse
 
 
@@ -97,21 +92,25 @@ def backward(
             x.new_zeros(x.shape) if x is not None and need else None
             for x, need in zip(wanted, needs, strict=True)
         ))  # fmt: skip
-    prepared = _prepare(call, plan, dout, dlse, out, lse, tensors.learnable_sink is not None
-                        and needs[4])  # fmt: skip
+    dout = dout if dout.stride(-1) == 1 else dout.contiguous()
+    rows = lse.new_empty((*lse.shape, 4))
+    saved = backward_kernels.Saved(token_view(dout), row_view(lse)._replace(ptr=rows))
+    more = (dout, rows)
+    dsink = _prepare(call, dlse, out, lse, saved, more, needs[4])
     dq = dk = dv = dbias = None
     if needs[0]:
         dq = torch.empty(tensors.q.shape, dtype=tensors.q.dtype, device=tensors.q.device)
-        run(_dq_launch(call, plan, configs.dq, prepared.saved, dq))
+        launch("dq", call, (*more, dq), lambda: _dq_launch(call, plan, configs.dq, saved, dq))
     if needs[1] or needs[2]:
         # Slots before a leftpad are no tile's.
         make = torch.empty if call.sequences.cache_leftpad is None else torch.zeros
         dk, dv = (make(x.shape, dtype=x.dtype, device=x.device)
                   for x in (tensors.k, tensors.v))  # fmt: skip
-        run(_dkdv_launch(call, plan, configs.dkdv, prepared.saved, dk, dv))
+        launch("dkdv", call, (*more, dk, dv),
+               lambda: _dkdv_launch(call, plan, configs.dkdv, saved, dk, dv))  # fmt: skip
     if needs[3] and tensors.bias is not None:
-        dbias = _bias_gradient(call, plan, configs.dbias, prepared.saved)
-    return Gradients(dq, dk if needs[1] else None, dv if needs[2] else None, dbias, prepared.dsink)
+        dbias = _bias_gradient(call, plan, configs.dbias, saved, more)
+    return Gradients(dq, dk if needs[1] else None, dv if needs[2] else None, dbias, dsink)
 
 
 def _configs(plan: Plan) -> KernelConfigs:
@@ -121,7 +120,7 @@ def _configs(plan: Plan) -> KernelConfigs:
 
 
 def _precision() -> str:
-    return "tf32" if config.allow_tf32 else "ieee"
+    return "tf32" if switches.allow_tf32 else "ieee"
 
 
 def _query_grid(call: Call, block: int) -> int:
@@ -141,75 +140,90 @@ def _tiles(x: Tensor, packed: bool, batch: int, block: int) -> int:
 
 
 def _prepare(
-    call: Call, plan: Plan, dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, sink: bool
-) -> _Prepared:
-    """delta and lse in log2 units, and dsink: what all gradients share."""
-    dout = dout if dout.stride(-1) == 1 else dout.contiguous()
-    rows = lse.new_empty((*lse.shape, 4))
+    call: Call,
+    dlse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    saved: backward_kernels.Saved,
+    more: tuple[Tensor, ...],
+    sink: bool,
+) -> Tensor | None:
+    """Fill what all gradients share, delta and lse in log2 units; dsink, if it is asked for."""
     grid = _query_grid(call, PREPARE_ROWS)
     logits = call.operands.learnable_sink if sink else None
-    shares = lse.new_empty((grid,)) if sink else None
-    launch = KernelConfig(PREPARE_ROWS, 16, 4, 1)
-    saved = backward_kernels.Saved(token_view(dout), row_view(lse)._replace(ptr=rows))
-    heads = operands.arguments(call).heads
-    run(Launch(
-        prepare.prepare_backward, grid,
-        (token_view(out), token_view(dout), row_view(lse),
-         None if dlse is None else row_view(dlse.contiguous()), saved.rows,
-         logits, shares, operands.query_sequences(call), heads,
-         operands.tile(call, launch, "ieee")),
-        launch.num_warps, launch.num_stages,
-    ))  # fmt: skip
+    shares = None if logits is None else lse.new_empty((grid,))
+    dlse = None if dlse is None else dlse.contiguous()
+    config = KernelConfig(PREPARE_ROWS, 16, 4, 1)
+
+    def build() -> Launch:
+        return Launch(
+            prepare.prepare_backward, grid,
+            (token_view(out), saved.dout, row_view(lse),
+             None if dlse is None else row_view(dlse), saved.rows, logits, shares,
+             operands.query_sequences(call), operands.arguments(call).heads,
+             operands.tile(call, config, "ieee")),
+            config.num_warps, config.num_stages,
+        )  # fmt: skip
+
+    launch("prepare", call, (*more, out, lse, dlse, shares), build)
     if logits is None or shares is None:
-        return _Prepared(saved, None)
+        return None
     batches = 1 if call.varlen else call.batch
-    dsink = shares.view(batches, logits.shape[0], -1).sum((0, 2))
-    return _Prepared(saved, dsink.to(logits.dtype))
+    return shares.view(batches, logits.shape[0], -1).sum((0, 2)).to(logits.dtype)
 
 
 def _dq_launch(
-    call: Call, plan: Plan, launch: KernelConfig, saved: backward_kernels.Saved, dq: Tensor
+    call: Call, plan: Plan, config: KernelConfig, saved: backward_kernels.Saved, dq: Tensor
 ) -> Launch:
     a = operands.arguments(call)
     variant = operands.variant(call, plan.nvidia, blocklists.by_queries(call))
     return Launch(
-        backward_kernels.attention_backward_dq, _query_grid(call, launch.block_q),
+        backward_kernels.attention_backward_dq, _query_grid(call, config.block_q),
         (a.q, a.k, a.v, token_view(dq), saved, a.q_seq, a.k_seq, variant, a.scale, a.heads,
-         operands.tile(call, launch, _precision())),
-        launch.num_warps, launch.num_stages,
+         operands.tile(call, config, _precision())),
+        config.num_warps, config.num_stages,
     )  # fmt: skip
 
 
 def _dkdv_launch(
-    call: Call, plan: Plan, launch: KernelConfig, saved: backward_kernels.Saved, dk: Tensor,
+    call: Call, plan: Plan, config: KernelConfig, saved: backward_kernels.Saved, dk: Tensor,
     dv: Tensor,
 ) -> Launch:  # fmt: skip
     a = operands.arguments(call)
     variant = operands.variant(call, plan.nvidia, blocklists.by_keys(call))
     return Launch(
-        backward_kernels.attention_backward_dkdv, _key_grid(call, launch.block_k),
+        backward_kernels.attention_backward_dkdv, _key_grid(call, config.block_k),
         (a.q, a.k, a.v, token_view(dk), token_view(dv), saved, a.q_seq, a.k_seq, variant, a.scale,
-         a.heads, operands.tile(call, launch, _precision())),
-        launch.num_warps, launch.num_stages,
+         a.heads, operands.tile(call, config, _precision())),
+        config.num_warps, config.num_stages,
     )  # fmt: skip
 
 
 def _bias_gradient(
-    call: Call, plan: Plan, launch: KernelConfig, saved: backward_kernels.Saved
+    call: Call,
+    plan: Plan,
+    config: KernelConfig,
+    saved: backward_kernels.Saved,
+    more: tuple[Tensor, ...],
 ) -> Tensor:
     """dbias, fp32 sums over what the bias is broadcast in, in the bias's dtype."""
-    a, bias = operands.arguments(call), call.operands.bias
+    bias = call.operands.bias
     assert bias is not None
     batches, heads, rows, columns = bias.shape
     grad = torch.zeros(bias.shape, dtype=torch.float32, device=bias.device)
-    walk = -(-call.seqlen_q // launch.block_q) if rows == 1 else 1
-    shape = bias_kernels.BiasShape(*map(operands.opaque, (*bias.shape, walk)))
-    grid = -(-columns // launch.block_k) * -(-rows // launch.block_q) * heads * batches
-    variant = operands.variant(call, plan.nvidia)
-    run(Launch(
-        bias_kernels.attention_backward_dbias, grid,
-        (a.q, a.k, a.v, grad, shape, saved, a.q_seq, a.k_seq, variant, a.scale, a.heads,
-         operands.tile(call, launch, _precision())),
-        launch.num_warps, launch.num_stages,
-    ))  # fmt: skip
+    walk = -(-call.seqlen_q // config.block_q) if rows == 1 else 1
+    grid = -(-columns // config.block_k) * -(-rows // config.block_q) * heads * batches
+
+    def build() -> Launch:
+        a = operands.arguments(call)
+        shape = bias_kernels.BiasShape(*map(operands.opaque, (*bias.shape, walk)))
+        return Launch(
+            bias_kernels.attention_backward_dbias, grid,
+            (a.q, a.k, a.v, grad, shape, saved, a.q_seq, a.k_seq,
+             operands.variant(call, plan.nvidia), a.scale, a.heads,
+             operands.tile(call, config, _precision())),
+            config.num_warps, config.num_stages,
+        )  # fmt: skip
+
+    launch("dbias", call, (*more, grad), build)
     return grad.to(bias.dtype)

@@ -13,7 +13,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from flashtile.backends import blocklists
+from flashtile.backends import blocklists, replays
 from flashtile.backends import launch as launching
 from flashtile.backends.launch import Launch
 from flashtile.compiling.cases import Case, build
@@ -49,6 +49,7 @@ def _recorded() -> Iterator[list[Launch]]:
         for module in backends:
             if getattr(module, "run", None) is run:
                 stack.enter_context(patch.object(module, "run", found.append))
+        stack.enter_context(patch.object(replays, "CAPACITY", 0))
         yield found
 
 

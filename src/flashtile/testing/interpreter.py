@@ -18,11 +18,14 @@ from flashtile.tiles import KernelConfig, KernelConfigs
 
 
 @contextmanager
-def interpreted(block_q: int = 32, block_k: int = 16, list_block: int = 128) -> Iterator[None]:
+def interpreted(
+    block_q: int = 32, block_k: int = 16, list_block: int = 128, capacity: int = 0
+) -> Iterator[None]:
     """Run calls on CPU tensors through the Triton backend, in blocks of block_q x block_k.
 
     list_block is the edge of the tiles that masks given as tensors are classified in, 128 on a GPU;
-    a smaller one makes several of them out of a few tokens.
+    a smaller one makes several of them out of a few tokens. capacity is how many launches are kept
+    for their like: none, so that whoever patches the host side is heard.
     """
     if os.environ.get("TRITON_INTERPRET") != "1":
         raise RuntimeError("TRITON_INTERPRET is not 1; set it before triton is imported")
@@ -34,6 +37,7 @@ def interpreted(block_q: int = 32, block_k: int = 16, list_block: int = 128) -> 
     from triton.language import constexpr  # noqa: PLC0415
     from triton.runtime import interpreter  # noqa: PLC0415
 
+    from flashtile.backends import replays  # noqa: PLC0415
     from flashtile.kernels import blocks, schedule  # noqa: PLC0415
 
     options = replace(interpreter.interpreter_builder.options, sanitize_overflow=False)
@@ -67,6 +71,8 @@ def interpreted(block_q: int = 32, block_k: int = 16, list_block: int = 128) -> 
         patch.object(plan, "_why_not", why_not),
         patch.object(plan, "_cannot", cannot),
         patch.object(plan, "configs", small),
+        patch.object(replays, "CAPACITY", capacity),
+        patch.object(replays, "_replays", {}),
         patch.object(ops, "classifies", lambda device_type: True),
         patch.object(interpreter.InterpretedFunction, "__call__", call),
         patch.object(interpreter.interpreter_builder, "options", options),
