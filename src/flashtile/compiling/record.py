@@ -6,8 +6,10 @@ from dataclasses import dataclass
 
 from flashtile.tiles import LEAST_SHARED, SHARED_LIMIT
 
-SPILL_LIMIT = 64
-"""Bytes a thread may spill: sixteen registers, what is live across the mainloop but not in it."""
+SPILL_LIMIT = 512
+"""Bytes a thread may spill. What is live across a mainloop and not in it costs little: the fastest
+dK/dV tile at head_dim 128 on an H200 spills 280 bytes with a bias. Tiles that do not fit spill
+thousands."""
 
 TENSOR_COLUMNS = 512
 """Columns of Blackwell's tensor memory, 128 lanes of 4 bytes each."""
