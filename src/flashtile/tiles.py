@@ -76,6 +76,8 @@ def shared_bytes(kernel: str, config: KernelConfig, dim: int, dim_v: int, elemen
 def shortage(arch: str, dtype: str, head_dim: int, head_dim_v: int) -> str | None:
     """Why no tile of these head dims fits an architecture, or None."""
     element = 4 if dtype == "float32" else 2
+    if element == 2 and arch in _HALF_BY_ARCH:
+        return None
     limit = SHARED_LIMIT.get(arch, LEAST_SHARED)
     chosen = configs(arch, dtype, head_dim, head_dim_v, "")
     need = max(
@@ -101,7 +103,9 @@ def configs(arch: str, dtype: str, head_dim: int, head_dim_v: int, kind: str) ->
         numbers = tables[name][column]
         if element == 2:
             numbers = _BETTER.get((arch, name, column, kind), numbers)
-        found[name] = _fit(name, KernelConfig(*numbers), head_dim, head_dim_v, element, limit)
+        found[name] = KernelConfig(*numbers)
+        if tables is not _HALF_BY_ARCH.get(arch):
+            found[name] = _fit(name, found[name], head_dim, head_dim_v, element, limit)
     return KernelConfigs(**found)
 
 
@@ -152,10 +156,44 @@ _SM_90: _Table = {
     "forward": ((128, 64, 4, 3), (128, 64, 8, 3), (128, 64, 8, 2), (64, 32, 8, 2)),
     "dq": ((128, 64, 4, 3), (128, 64, 8, 3), (128, 32, 8, 3), (32, 16, 8, 1)),
     "dkdv": ((64, 64, 4, 3), (64, 128, 8, 3), (64, 64, 8, 2), (16, 32, 8, 1)),
-    "dbias": ((64, 64, 4, 1), (64, 64, 8, 1), (64, 64, 8, 1), (32, 32, 8, 1)),
+    "dbias": ((64, 64, 4, 1), (64, 64, 8, 1), (64, 64, 8, 1), (16, 16, 4, 1)),
 }
 
-_HALF_BY_ARCH = {"sm_90": _SM_90}
+# Chosen by compiling, not by measuring: the largest tiles that spill least and fit, which the
+# estimate of shared memory is too high to tell (sm_80 keeps q in registers, gfx942 a buffer less).
+# Worst spills: sm_80 320 bytes (dbias 512), sm_86 64, sm_100 288 (dbias 256), gfx942 8.
+_SM_80: _Table = {
+    "forward": ((128, 64, 4, 3), (128, 64, 8, 3), (64, 64, 8, 2), (64, 16, 8, 2)),
+    "dq": ((128, 64, 8, 2), (64, 64, 8, 2), (64, 64, 8, 2), (32, 32, 8, 2)),
+    "dkdv": ((32, 128, 8, 2), (64, 64, 8, 2), (32, 64, 8, 2), (16, 32, 8, 2)),
+    "dbias": ((64, 64, 8, 1), (32, 64, 8, 1), (32, 64, 8, 1), (16, 16, 4, 1)),
+}
+_SM_86: _Table = {
+    "forward": ((128, 64, 4, 3), (128, 32, 8, 2), (64, 32, 8, 2), (64, 16, 8, 2)),
+    "dq": ((128, 64, 8, 2), (64, 64, 8, 2), (32, 32, 4, 2), (32, 16, 8, 2)),
+    "dkdv": ((32, 128, 8, 2), (64, 64, 8, 2), (32, 32, 8, 2), (16, 32, 8, 2)),
+    "dbias": ((64, 64, 8, 1), (32, 64, 8, 1), (32, 64, 8, 1), (16, 16, 4, 1)),
+}
+_SM_100: _Table = {
+    "forward": ((128, 128, 8, 2), (128, 64, 8, 3), (128, 64, 8, 2), (64, 16, 8, 2)),
+    "dq": ((128, 128, 8, 2), (128, 64, 8, 2), (64, 64, 8, 2), (32, 32, 8, 2)),
+    "dkdv": ((64, 64, 8, 2), (64, 64, 8, 1), (32, 32, 8, 2), (16, 16, 8, 2)),
+    "dbias": ((64, 64, 8, 1), (64, 64, 8, 1), (64, 64, 8, 1), (16, 16, 4, 1)),
+}
+_GFX942: _Table = {
+    "forward": ((128, 64, 4, 2), (128, 32, 4, 2), (128, 32, 8, 2), (64, 16, 8, 2)),
+    "dq": ((64, 64, 4, 2), (64, 32, 4, 2), (64, 32, 4, 2), (32, 16, 4, 2)),
+    "dkdv": ((32, 64, 4, 2), (32, 64, 4, 2), (16, 32, 4, 2), (16, 16, 4, 2)),
+    "dbias": ((64, 64, 4, 1), (64, 64, 4, 1), (64, 32, 4, 1), (16, 16, 4, 1)),
+}
+
+_HALF_BY_ARCH = {
+    "sm_80": _SM_80,
+    "sm_86": _SM_86,
+    "sm_90": _SM_90,
+    "sm_100": _SM_100,
+    "gfx942": _GFX942,
+}
 
 # fp32 products are fused multiply-adds here, which hold whole rows of their operands in registers:
 # small tiles and many warps spill least (forward d128 32 x 32: 0 bytes, 1,864 with four warps).

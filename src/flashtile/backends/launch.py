@@ -38,8 +38,12 @@ def warm(launch: Launch) -> Callable[..., None]:
     options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
     if not hasattr(launch.kernel, "device_caches"):  # Triton's interpreter compiles nothing
         return partial(launch.kernel[(launch.grid,)], **options)
-    compiled = launch.kernel.warmup(*launch.arguments, grid=(1,), **options)
-    start = compiled[(launch.grid, 1, 1)]
+
+    def load() -> Callable[..., None]:
+        compiled = launch.kernel.warmup(*launch.arguments, grid=(1,), **options)
+        return compiled[(launch.grid, 1, 1)]
+
+    start = launch_healing(load, launch.kernel)
     index = torch.cuda.current_device()
     return lambda *arguments: start(*arguments, stream=_stream(index))
 
