@@ -12,7 +12,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from flashtile.backends.segments import Segment, is_ragged
+from flashtile.backends.segments import Segment
 from flashtile.problem import UNBOUNDED, Call
 
 
@@ -37,7 +37,7 @@ def can(call: Call, segment: Segment) -> bool:
 def whole(call: Call) -> Segment | None:
     """The call as one segment, if that is all it is and the kernel can do it."""
     q, k = call.operands.q, call.operands.k
-    if is_ragged(call):
+    if call.ragged:
         return None
     segment = Segment(0, call.batch, q.shape[1], k.shape[1])
     return segment if can(call, segment) else None

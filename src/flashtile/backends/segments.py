@@ -75,7 +75,7 @@ def segments(call: Call, batches: int) -> Iterator[Segment]:
     seqs, (q, k, _) = call.sequences, call.operands[:3]
     if q.shape[-2] == 0:
         return
-    if not is_ragged(call):
+    if not call.ragged:
         for first in range(0, call.batch, batches):
             count = min(batches, call.batch - first)
             yield Segment(first, count, q.shape[1], k.shape[1], k_row=first)
@@ -93,21 +93,6 @@ def segments(call: Call, batches: int) -> Iterator[Segment]:
             pages, slots = seqs.block_table[b].long()[at // page_size], at % page_size
         packed = k_start if k.dim() == 3 else None
         yield Segment(b, 1, seqlen_q, seqlen_k, q_start, packed, rows[b], pad, pages, slots)
-
-
-def is_ragged(call: Call) -> bool:
-    """Whether sequences may differ in length or place."""
-    seqs = call.sequences
-    return any(
-        x is not None
-        for x in (
-            seqs.cu_seqlens_q,
-            seqs.seqused_k,
-            seqs.block_table,
-            seqs.cache_batch_idx,
-            seqs.cache_leftpad,
-        )
-    )
 
 
 def _host(x: Tensor | None) -> list[int]:

@@ -16,7 +16,7 @@ import triton.language as tl
 from flashtile.kernels.dropout import drop, words_keys_by_queries, words_queries_by_keys
 from flashtile.kernels.masks import At, key_range, query_range, visible
 from flashtile.kernels.numbers import LOG2E, number
-from flashtile.kernels.schedule import block_start, schedule_list, schedule_range
+from flashtile.kernels.schedule import block_start, schedule_tile
 from flashtile.kernels.scores import apply_with_slope
 from flashtile.kernels.views import (
     load_pairs,
@@ -132,12 +132,8 @@ def attention_backward_dq(q, k, v, dq, saved, q_seq, k_seq, variant, scale, head
     rows = first + tl.arange(0, BLOCK_M)
     at = At(batch, head, first, 0, rows[:, None], tl.arange(0, BLOCK_N)[None, :], q_span, k_span)
     own = load_query_tile(q, saved, q_seq, q_span, head, first, TILE)
-    if variant.blocks is None:
-        schedule = schedule_range(
-            key_range(variant.masks, first, first + BLOCK_M - 1, q_span, k_span), BLOCK_N
-        )
-    else:
-        schedule = schedule_list(variant.blocks, batch, head, first, q_span.length, BLOCK_N)
+    seen = key_range(variant.masks, first, first + BLOCK_M - 1, q_span, k_span)
+    schedule = schedule_tile(variant.blocks, seen, batch, head, first, q_span.length, BLOCK_N)
     kv_head = head // number(heads.group)
     PADDED: tl.constexpr = TILE.padded
     acc = tl.zeros([BLOCK_M, PADDED], tl.float32)
@@ -199,12 +195,8 @@ def attention_backward_dkdv(q, k, v, dk, dv, saved, q_seq, k_seq, variant, scale
     for member in range(group):
         head = kv_head * group + member
         at = At(batch, head, 0, first, columns[None, :], columns[:, None], q_span, k_span)
-        if variant.blocks is None:
-            schedule = schedule_range(
-                query_range(variant.masks, first, first + BLOCK_N - 1, q_span, k_span), BLOCK_M
-            )
-        else:
-            schedule = schedule_list(variant.blocks, batch, head, first, k_span.length, BLOCK_M)
+        seen = query_range(variant.masks, first, first + BLOCK_N - 1, q_span, k_span)
+        schedule = schedule_tile(variant.blocks, seen, batch, head, first, k_span.length, BLOCK_M)
         grads = key_gradient(grads, k_tile, v_tile, q, saved, q_seq, at, schedule, variant,
                              scale, False, TILE)  # fmt: skip
         grads = key_gradient(grads, k_tile, v_tile, q, saved, q_seq, at, schedule, variant,

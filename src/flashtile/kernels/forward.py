@@ -14,7 +14,7 @@ import triton.language as tl
 from flashtile.kernels.dropout import drop, words_queries_by_keys
 from flashtile.kernels.masks import At, key_range, visible
 from flashtile.kernels.numbers import LN2, LOG2E, number
-from flashtile.kernels.schedule import block_start, schedule_list, schedule_range
+from flashtile.kernels.schedule import block_start, schedule_tile
 from flashtile.kernels.scores import apply_score_mods
 from flashtile.kernels.views import (
     load_tile,
@@ -114,12 +114,8 @@ def attention_forward(q, k, v, out, lse, q_seq, k_seq, variant, sink, scale, hea
     at = At(batch, head, first, 0, rows[:, None], tl.arange(0, BLOCK_N)[None, :], q_span, k_span)
     q_tile = load_tile(q, tokens(q, q_seq, q_span, head), q_seq, q_span, first, False, BLOCK_M,
                        TILE.dim, TILE.padded)  # fmt: skip
-    if variant.blocks is None:
-        schedule = schedule_range(
-            key_range(variant.masks, first, first + BLOCK_M - 1, q_span, k_span), BLOCK_N
-        )
-    else:
-        schedule = schedule_list(variant.blocks, batch, head, first, q_span.length, BLOCK_N)
+    seen = key_range(variant.masks, first, first + BLOCK_M - 1, q_span, k_span)
+    schedule = schedule_tile(variant.blocks, seen, batch, head, first, q_span.length, BLOCK_N)
     state = start_softmax(sink, head, BLOCK_M, TILE.padded_v)
     kv_head = head // number(heads.group)
     state = attend(state, q_tile, k, v, k_seq, at, schedule, variant, scale, kv_head,

@@ -64,6 +64,15 @@ def schedule_list(blocks, batch, head, first, length, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def schedule_tile(blocks, r, batch, head, first, length, BLOCK: tl.constexpr):
+    """The blocks of a tile: those of its list, or where there is none those of the masks' range."""
+    if blocks is None:
+        return schedule_range(r, BLOCK)
+    else:
+        return schedule_list(blocks, batch, head, first, length, BLOCK)
+
+
+@triton.jit
 def block_start(blocks, schedule, i, FULL: tl.constexpr, BLOCK: tl.constexpr):
     """First index of the i-th partial, or full, block."""
     if blocks is not None:
