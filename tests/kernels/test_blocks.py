@@ -107,7 +107,8 @@ WINDOWS = [(None, None), (None, 0), (40, 10), (0, 0)]
 @pytest.mark.parametrize("heads", [1, 2])
 @pytest.mark.parametrize("transposed", [False, True], ids=["by_queries", "by_keys"])
 def test_lists(window: tuple[int | None, int | None], heads: int, transposed: bool) -> None:
-    """Each block that mask and window leave, once: the full ones at the end, the others before."""
+    """Each block that mask and window leave, once: the full ones as a run where they lie side by
+    side and at the end else, the others before."""
     seqlen_q, seqlen_k = 96, 160
     seen = _patchwork(2, heads, seqlen_q, seqlen_k)
     call = ops.with_mask_blocks(_call(seqlen_q, seqlen_k, attn_mask=seen, window_size=window))
@@ -124,10 +125,11 @@ def test_lists(window: tuple[int | None, int | None], heads: int, transposed: bo
     for entries, counts, wanted, full in zip(
         *(x.flatten(0, 2) for x in (lists.entries, lists.counts, some, every)), strict=True
     ):
-        partial_count, full_count = counts.tolist()
-        assert sorted(entries[:partial_count].tolist()) == (wanted & ~full).nonzero()[:, 0].tolist()
-        found = entries[len(entries) - full_count :].tolist()
+        partial, scattered, run, first = counts.tolist()
+        assert sorted(entries[:partial].tolist()) == (wanted & ~full).nonzero()[:, 0].tolist()
+        found = entries[len(entries) - scattered :].tolist() + list(range(first, first + run))
         assert sorted(found) == full.nonzero()[:, 0].tolist()
+        assert scattered == 0 or (run == 0 and max(found) - min(found) >= scattered)
 
 
 def _long(**features: Any) -> Problem:
@@ -188,7 +190,7 @@ def test_rows_past_the_last_offset_have_no_list(monkeypatch: pytest.MonkeyPatch)
     def trapped(call: Call, transposed: bool) -> Any:
         lists = lists_of(call, transposed)
         assert lists is not None
-        counts = torch.tensor([0, 1], dtype=torch.int32).repeat(100)
+        counts = torch.tensor([0, 1, 1, 1], dtype=torch.int32).repeat(100)
         entries = torch.ones(100, dtype=torch.int32)
         return lists._replace(
             entries=torch.cat((lists.entries.flatten(), entries)),

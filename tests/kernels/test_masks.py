@@ -19,7 +19,7 @@ from torch import Tensor
 from flashtile.api import normalise
 from flashtile.backends import operands
 from flashtile.kernels.masks import anywhere, key_range, query_range
-from flashtile.kernels.schedule import block_start, schedule_range
+from flashtile.kernels.schedule import PARTIAL, RUN, block_start, schedule_range
 from flashtile.kernels.views import open_sequence
 from flashtile.testing import Case, run
 
@@ -40,10 +40,10 @@ def probe(found, q_seq, k_seq, masks, ROWS: tl.constexpr, BLOCK: tl.constexpr,
         r = key_range(masks, first, first + ROWS - 1, q, k)
     schedule = schedule_range(r, BLOCK)
     for i in range(schedule.partial):
-        at = block_start(None, schedule, i, False, BLOCK)
+        at = block_start(None, schedule, i, PARTIAL, BLOCK)
         tl.store(found + tile * 2 * MOST + i, at)
-    for i in range(schedule.full):
-        at = block_start(None, schedule, i, True, BLOCK)
+    for i in range(schedule.run):
+        at = block_start(None, schedule, i, RUN, BLOCK)
         tl.store(found + (tile * 2 + 1) * MOST + i, at)
 
 

@@ -60,7 +60,7 @@ def _lists(call: Call, transposed: bool) -> BlockList | None:
     if transposed:
         own, other = other, own
     entries = codes.new_empty((shape.batches, shape.heads, own, other), dtype=torch.int32)
-    counts = codes.new_empty((shape.batches, shape.heads, own, 2), dtype=torch.int32)
+    counts = codes.new_empty((shape.batches, shape.heads, own, 4), dtype=torch.int32)
     run(Launch(
         kernels.list_blocks, shape.batches * shape.heads * own,
         (_grid(codes), entries, counts, operands.query_sequences(call),

@@ -16,6 +16,9 @@ from flashtile.random import drop_threshold
 from flashtile.tiles import KernelConfig
 
 LOG2E = math.log2(math.e)
+LEAST_UNIT = 2.0**-64
+"""Scores are not counted in less: dividing by it must stay far from overflow in float32."""
+
 FAR = 2**22
 """Token strides above this need 64-bit offsets within a block of up to 128 rows."""
 
@@ -38,7 +41,7 @@ def arguments(call: Call) -> Arguments:
     heads, kv_heads = q.shape[-2], k.shape[-2]
     return Arguments(
         token_view(q), token_view(k), token_view(v), query_sequences(call), key_sequences(call),
-        forward.Scale(scale, scale * LOG2E),
+        forward.Scale(scale, score_unit(call) * LOG2E),
         forward.Heads(opaque(heads), opaque(heads // max(1, kv_heads))),
     )  # fmt: skip
 
@@ -92,27 +95,33 @@ def matrix_view(x: Tensor) -> masks.MatrixView:
     return masks.MatrixView(x, batch, head, row, x.stride(3))
 
 
+def score_unit(call: Call) -> float:
+    """What the kernels count scores in (see `kernels.scores`)."""
+    if call.variant.softcap > 0.0:
+        return call.variant.softcap
+    return call.variant.softmax_scale if call.variant.softmax_scale > LEAST_UNIT else 1.0
+
+
 def score_mods(call: Call, nvidia: bool) -> tuple[scores.ScoreMod, ...]:
-    """Scale or softcap, then ALiBi, bias and float mask, in the contract's order; none where the
-    scale can be left to the exponential."""
-    operands, variant = call.operands, call.variant
-    scale, cap = variant.softmax_scale, variant.softcap
-    first = scores.ScoreMod(scores.scaled, (scale,))
+    """Scale or softcap, unless the unit says it all, then ALiBi, bias and float mask, in the
+    contract's order."""
+    operands, scale, cap = call.operands, call.variant.softmax_scale, call.variant.softcap
+    unit, found = score_unit(call), []
     if cap > 0.0:
         approximate = nvidia and operands.q.element_size() == 2
         function = scores.softcap_approximate if approximate else scores.softcap
-        first = scores.ScoreMod(function, (cap, scale / cap), scores.softcap_slope)
-    more = []
+        found.append(scores.ScoreMod(function, (scale / cap,), scores.softcap_slope))
+    elif unit != scale:
+        found.append(scores.ScoreMod(scores.scaled, (scale,)))
     slopes = operands.alibi_slopes
     if slopes is not None:
         slopes = slopes.contiguous()
         stride = slopes.stride(0) if slopes.dim() == 2 else 0
-        more.append(scores.ScoreMod(scores.alibi, (slopes, opaque(stride))))
+        found.append(scores.ScoreMod(scores.alibi, (slopes, opaque(stride), 1.0 / unit)))
     for matrix in (operands.bias, float_mask(call)):
         if matrix is not None:
-            more.append(scores.ScoreMod(scores.add_matrix, (matrix_view(matrix),)))
-    plain = cap == 0.0 and scale > 0.0 and not more
-    return () if plain else (first, *more)
+            found.append(scores.ScoreMod(scores.add_matrix, (matrix_view(matrix), 1.0 / unit)))
+    return tuple(found)
 
 
 def float_mask(call: Call) -> Tensor | None:

@@ -15,8 +15,15 @@ import triton.language as tl
 
 from flashtile.kernels.dropout import drop, words_keys_by_queries, words_queries_by_keys
 from flashtile.kernels.masks import At, key_range, query_range, visible
-from flashtile.kernels.numbers import LOG2E, number
-from flashtile.kernels.schedule import block_start, schedule_tile
+from flashtile.kernels.numbers import number
+from flashtile.kernels.schedule import (
+    PARTIAL,
+    RUN,
+    SCATTERED,
+    block_count,
+    block_start,
+    schedule_tile,
+)
 from flashtile.kernels.scores import apply_with_slope
 from flashtile.kernels.views import (
     load_pairs,
@@ -61,12 +68,8 @@ class Block(NamedTuple):
 def recompute(s, lse2, at, variant, scale, FULL: tl.constexpr,
               KEYS_ARE_ROWS: tl.constexpr, TILE: tl.constexpr):  # fmt: skip
     """The probabilities of a block from its raw scores; lse2 broadcasts to the block."""
-    slope = 1.0
-    unit = scale.log2
-    if len(variant.score_mods) > 0:
-        s, slope = apply_with_slope(variant.score_mods, s, at)
-        unit = LOG2E
-    p = tl.math.exp2(s * unit - lse2)
+    s, slope = apply_with_slope(variant.score_mods, s, at)
+    p = tl.math.exp2(s * scale.log2 - lse2)
     if not FULL:
         p = tl.where(visible(variant.masks, at), p, 0.0)
     kept, words = p, p
@@ -101,12 +104,13 @@ def load_query_tile(q, saved, q_seq, span, head, first, TILE: tl.constexpr):
 
 @triton.jit
 def query_gradient(dq, rows, k, v, k_seq, at, schedule, variant, scale,
-                   kv_head, FULL: tl.constexpr, TILE: tl.constexpr):  # fmt: skip
-    """Add the partial, or the full, key blocks of a schedule to dQ / softmax_scale."""
+                   kv_head, PART: tl.constexpr, TILE: tl.constexpr):  # fmt: skip
+    """Add one part of a schedule's key blocks to dQ / softmax_scale."""
+    FULL: tl.constexpr = PART != PARTIAL
     BLOCK_N: tl.constexpr = TILE.block_n
     k_base, v_base = tokens(k, k_seq, at.k, kv_head), tokens(v, k_seq, at.k, kv_head)
-    for i in range(schedule.full if FULL else schedule.partial):
-        first = block_start(variant.blocks, schedule, i, FULL, BLOCK_N)
+    for i in range(block_count(schedule, PART)):
+        first = block_start(variant.blocks, schedule, i, PART, BLOCK_N)
         here = At(at.batch, at.head, at.first_q, first, at.q_idx, first + at.k_idx, at.q, at.k)
         keys = load_tile(k, k_base, k_seq, at.k, first, FULL, BLOCK_N, TILE.dim, TILE.padded)
         s = tl.dot(rows.q, keys.T, input_precision=TILE.precision)
@@ -137,21 +141,27 @@ def attention_backward_dq(q, k, v, dq, saved, q_seq, k_seq, variant, scale, head
     kv_head = head // number(heads.group)
     PADDED: tl.constexpr = TILE.padded
     acc = tl.zeros([BLOCK_M, PADDED], tl.float32)
-    acc = query_gradient(acc, own, k, v, k_seq, at, schedule, variant, scale, kv_head, False, TILE)
-    acc = query_gradient(acc, own, k, v, k_seq, at, schedule, variant, scale, kv_head, True, TILE)
+    acc = query_gradient(acc, own, k, v, k_seq, at, schedule, variant, scale, kv_head,
+                         PARTIAL, TILE)  # fmt: skip
+    acc = query_gradient(acc, own, k, v, k_seq, at, schedule, variant, scale, kv_head,
+                         RUN, TILE)  # fmt: skip
+    if variant.blocks is not None:
+        acc = query_gradient(acc, own, k, v, k_seq, at, schedule, variant, scale, kv_head,
+                             SCATTERED, TILE)  # fmt: skip
     store_tile(dq, acc * scale.natural, tokens(dq, q_seq, q_span, head), q_seq, q_span, first,
                BLOCK_M, TILE.dim, TILE.padded)  # fmt: skip
 
 
 @triton.jit
 def key_gradient(grads, k, v, q, saved, q_seq, at, schedule, variant, scale,
-                 FULL: tl.constexpr, TILE: tl.constexpr):  # fmt: skip
-    """Add the partial, or the full, query blocks of a schedule to dK / softmax_scale and dV."""
+                 PART: tl.constexpr, TILE: tl.constexpr):  # fmt: skip
+    """Add one part of a schedule's query blocks to dK / softmax_scale and dV."""
+    FULL: tl.constexpr = PART != PARTIAL
     BLOCK_M: tl.constexpr = TILE.block_m
     q_base = tokens(q, q_seq, at.q, at.head)
     do_base = tokens(saved.dout, q_seq, at.q, at.head)
-    for i in range(schedule.full if FULL else schedule.partial):
-        first = block_start(variant.blocks, schedule, i, FULL, BLOCK_M)
+    for i in range(block_count(schedule, PART)):
+        first = block_start(variant.blocks, schedule, i, PART, BLOCK_M)
         rows = first + tl.arange(0, BLOCK_M)
         here = At(at.batch, at.head, first, at.first_k, rows[None, :], at.k_idx, at.q, at.k)
         queries = load_tile(q, q_base, q_seq, at.q, first, FULL, BLOCK_M, TILE.dim, TILE.padded)
@@ -198,9 +208,12 @@ def attention_backward_dkdv(q, k, v, dk, dv, saved, q_seq, k_seq, variant, scale
         seen = query_range(variant.masks, first, first + BLOCK_N - 1, q_span, k_span)
         schedule = schedule_tile(variant.blocks, seen, batch, head, first, k_span.length, BLOCK_M)
         grads = key_gradient(grads, k_tile, v_tile, q, saved, q_seq, at, schedule, variant,
-                             scale, False, TILE)  # fmt: skip
+                             scale, PARTIAL, TILE)  # fmt: skip
         grads = key_gradient(grads, k_tile, v_tile, q, saved, q_seq, at, schedule, variant,
-                             scale, True, TILE)  # fmt: skip
+                             scale, RUN, TILE)  # fmt: skip
+        if variant.blocks is not None:
+            grads = key_gradient(grads, k_tile, v_tile, q, saved, q_seq, at, schedule, variant,
+                                 scale, SCATTERED, TILE)  # fmt: skip
     rescale = 1.0
     if len(variant.dropouts) > 0:
         rescale = variant.dropouts[0].rescale

@@ -58,7 +58,8 @@ def classify_blocks(codes, q_seq, k_seq, masks):
 @triton.jit
 def list_blocks(codes, entries, counts, q_seq, k_seq, ranges, heads, TRANSPOSED: tl.constexpr,
                 CHUNK: tl.constexpr):  # fmt: skip
-    """One row of the list: partial blocks from the front, full ones from the back."""
+    """One row of the list: partial blocks from the front, full ones from the back unless they all
+    lie side by side."""
     BLOCK: tl.constexpr = LIST_BLOCK
     q_tiles, k_tiles = number(codes.q_tiles), number(codes.k_tiles)
     own, other = q_tiles, k_tiles
@@ -75,7 +76,7 @@ def list_blocks(codes, entries, counts, q_seq, k_seq, ranges, heads, TRANSPOSED:
         r = key_range(ranges, first, first + BLOCK - 1, q_span, k_span)
     plane = (batch % number(codes.batches)).to(tl.int64) * number(codes.heads)
     plane = (plane + head % number(codes.heads)) * q_tiles * k_tiles
-    partial, full = 0, 0
+    partial, full, least, most = 0, 0, other, -1
     line = entries + row.to(tl.int64) * other
     for start in range(0, other, CHUNK):
         j = start + tl.arange(0, CHUNK)
@@ -91,5 +92,10 @@ def list_blocks(codes, entries, counts, q_seq, k_seq, ranges, heads, TRANSPOSED:
         tl.store(line + back, j, mask=is_full == 1)
         partial += tl.sum(is_partial, 0)
         full += tl.sum(is_full, 0)
-    tl.store(counts + 2 * row, partial)
-    tl.store(counts + 2 * row + 1, full)
+        least = tl.minimum(least, tl.min(tl.where(is_full == 1, j, other), 0))
+        most = tl.maximum(most, tl.max(tl.where(is_full == 1, j, -1), 0))
+    run = tl.where(most - least + 1 == full, full, 0)
+    tl.store(counts + 4 * row, partial)
+    tl.store(counts + 4 * row + 1, full - run)
+    tl.store(counts + 4 * row + 2, run)
+    tl.store(counts + 4 * row + 3, least)

@@ -1,7 +1,7 @@
 """The forward mainloop: online softmax over the key blocks that a tile of queries sees.
 
-Dao, "FlashAttention-2" (2023), algorithm 1, with the running maximum in base 2 and, where no score
-mod is present, softmax_scale * log2(e) folded into the exponential's one FMA.
+Dao, "FlashAttention-2" (2023), algorithm 1, with the running maximum in base 2 and the scores'
+unit folded into the exponential's one FMA.
 """
 
 from __future__ import annotations
@@ -14,7 +14,14 @@ import triton.language as tl
 from flashtile.kernels.dropout import drop, words_queries_by_keys
 from flashtile.kernels.masks import At, key_range, visible
 from flashtile.kernels.numbers import LN2, LOG2E, number
-from flashtile.kernels.schedule import block_start, schedule_tile
+from flashtile.kernels.schedule import (
+    PARTIAL,
+    RUN,
+    SCATTERED,
+    block_count,
+    block_start,
+    schedule_tile,
+)
 from flashtile.kernels.scores import apply_score_mods
 from flashtile.kernels.views import (
     load_tile,
@@ -37,7 +44,7 @@ class Variant(NamedTuple):
 
 class Scale(NamedTuple):
     natural: Any  # softmax_scale
-    log2: Any  # softmax_scale * log2(e)
+    log2: Any  # what turns scores that have passed the score mods into log2 units
 
 
 class Heads(NamedTuple):
@@ -80,23 +87,21 @@ def softmax_step(state, s, unit, v, at, dropouts, TILE: tl.constexpr):
 
 @triton.jit
 def attend(state, q, k, v, k_seq, at, schedule, variant, scale, kv_head,
-           FULL: tl.constexpr, TILE: tl.constexpr):  # fmt: skip
-    """Fold the partial, or the full, blocks of a schedule into the softmax state."""
+           PART: tl.constexpr, TILE: tl.constexpr):  # fmt: skip
+    """Fold one part of a schedule's blocks into the softmax state."""
+    FULL: tl.constexpr = PART != PARTIAL
     BLOCK_N: tl.constexpr = TILE.block_n
     k_base, v_base = tokens(k, k_seq, at.k, kv_head), tokens(v, k_seq, at.k, kv_head)
-    for i in range(schedule.full if FULL else schedule.partial):
-        first = block_start(variant.blocks, schedule, i, FULL, BLOCK_N)
+    for i in range(block_count(schedule, PART)):
+        first = block_start(variant.blocks, schedule, i, PART, BLOCK_N)
         here = At(at.batch, at.head, at.first_q, first, at.q_idx, first + at.k_idx, at.q, at.k)
         keys = load_tile(k, k_base, k_seq, at.k, first, FULL, BLOCK_N, TILE.dim, TILE.padded)
         s = tl.dot(q, keys.T, input_precision=TILE.precision)
-        unit = scale.log2
-        if len(variant.score_mods) > 0:
-            s = apply_score_mods(variant.score_mods, s, here)
-            unit = LOG2E
+        s = apply_score_mods(variant.score_mods, s, here)
         if not FULL:
             s = tl.where(visible(variant.masks, here), s, -float("inf"))
         values = load_tile(v, v_base, k_seq, at.k, first, FULL, BLOCK_N, TILE.dim_v, TILE.padded_v)
-        state = softmax_step(state, s, unit, values, here, variant.dropouts, TILE)
+        state = softmax_step(state, s, scale.log2, values, here, variant.dropouts, TILE)
     return state
 
 
@@ -119,9 +124,12 @@ def attention_forward(q, k, v, out, lse, q_seq, k_seq, variant, sink, scale, hea
     state = start_softmax(sink, head, BLOCK_M, TILE.padded_v)
     kv_head = head // number(heads.group)
     state = attend(state, q_tile, k, v, k_seq, at, schedule, variant, scale, kv_head,
-                   False, TILE)  # fmt: skip
+                   PARTIAL, TILE)  # fmt: skip
     state = attend(state, q_tile, k, v, k_seq, at, schedule, variant, scale, kv_head,
-                   True, TILE)  # fmt: skip
+                   RUN, TILE)  # fmt: skip
+    if variant.blocks is not None:
+        state = attend(state, q_tile, k, v, k_seq, at, schedule, variant, scale, kv_head,
+                       SCATTERED, TILE)  # fmt: skip
     empty = (state.l == 0.0) | (rows >= q_span.length)
     factor = tl.where(empty, 0.0, 1.0 / tl.where(empty, 1.0, state.l))
     if len(variant.dropouts) > 0:
