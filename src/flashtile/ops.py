@@ -8,17 +8,18 @@ which costs 4 us a call instead of 17.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from flashtile import values
-from flashtile.backends import cache
+from flashtile import config, values
+from flashtile.backends import cache, replays
 from flashtile.plan import Device, Plan, plan
-from flashtile.problem import UNBOUNDED, Call, Operands, describe, mask_grid
+from flashtile.problem import UNBOUNDED, Call, Operands, Sequences, describe, mask_grid
 
 _CALL = (
     "Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? attn_mask, Tensor? alibi_slopes, "
@@ -36,6 +37,8 @@ _NEW_TOKENS = (
 )
 _DIFFERENTIABLE = ("q", "k", "v", "bias", "learnable_sink")
 _POSITIONS = tuple(Operands._fields.index(name) for name in _DIFFERENTIABLE)
+_TENSORS = len(Operands._fields) + sum("max_" not in name for name in Sequences._fields)
+_PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
 
 _library = torch.library.Library("flashtile", "DEF")
 _library.define(f"forward({_CALL}) -> (Tensor out, Tensor lse)")
@@ -45,6 +48,45 @@ _library.define(
 )
 _library.define(f"with_kvcache({_NEW_TOKENS}, {_CACHE_CALL}) -> (Tensor out, Tensor lse)")
 _library.define(f"classify({_CALL}) -> Tensor")
+
+
+class Form(NamedTuple):
+    """A call without its tensors."""
+
+    places: tuple[int, ...]  # of its tensors among the operator's arguments
+    wanted: tuple[int, ...]  # where q, k, v, bias and learnable_sink stand among them, or -1
+    scalars: tuple[Any, ...]
+
+    @staticmethod
+    def of(flat: Sequence[Any]) -> tuple[Form, list[Tensor]]:
+        """A call's form and its tensors."""
+        places = tuple(i for i in range(_TENSORS) if flat[i] is not None)
+        wanted = tuple(places.index(i) if i in places else -1 for i in _POSITIONS)
+        return Form(places, wanted, tuple(flat[_TENSORS:])), [flat[i] for i in places]
+
+    def flat(self, tensors: Sequence[Tensor]) -> list[Any]:
+        """The operator's arguments."""
+        flat: list[Any] = [None] * _TENSORS
+        for i, x in zip(self.places, tensors, strict=True):
+            flat[i] = x
+        return [*flat, *self.scalars]
+
+
+def unseen(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether nobody is there to see the operator that computes with these tensors: no tracer, no
+    mode, no transform, no subclass; and whether they are on the current device."""
+    if torch.compiler.is_compiling() or not _PLAIN.issuperset(map(type, tensors)):
+        return False
+    q = tensors[0]
+    return (
+        torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.maybe_current_level() is None
+        and forward_ad._current_level < 0
+        and not torch._C._is_tracing()
+        and not config.checked
+        and q is not None
+        and (not q.is_cuda or q.get_device() == torch.cuda.current_device())
+    )
 
 
 def _plan(call: Call) -> Plan:
@@ -62,17 +104,29 @@ def _device_of(x: Tensor) -> AbstractContextManager[Any]:
 
 
 def _run_forward(call: Call) -> tuple[Tensor, Tensor]:
-    chosen = _plan(call)
-    with _device_of(call.operands.q):
+    form, tensors = Form.of(call.flat())
+
+    def compute(tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        call = Call.unflatten(tuple(form.flat(tensors)))
+        chosen = _plan(call)
         return _backend(chosen).forward(call, chosen)
 
+    return _run(kind_of_forward(form), tensors, compute)
 
-def replay(call: Call) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] | None:
-    """forward for other q, k, v of a dense call's metadata, without what depends on it alone."""
-    chosen = _plan(call)
-    if chosen.backend == "torch":
-        return None
-    return _backend(chosen).replay(call, chosen)
+
+def kind_of_forward(form: Form) -> tuple[Any, ...]:
+    """What forward depends on besides its tensors. Who wants another backend replaces `plan`."""
+    return "forward", plan, form
+
+
+def _run(kind: Any, tensors: Sequence[Tensor], compute: Callable[..., Any]) -> Any:
+    q = tensors[0]
+    if not classifies(q.device.type):
+        return compute(tensors)
+    if not q.is_cuda or q.get_device() == torch.cuda.current_device():
+        return replays.run(kind, tensors, compute)
+    with _device_of(q):
+        return replays.run(kind, tensors, compute)
 
 
 def _forward(*args: Any) -> tuple[Tensor, Tensor]:
@@ -85,11 +139,31 @@ def _backward(
     dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *args: Any
 ) -> list[Tensor]:
     *flat, needs = args
-    call = Call.unflatten(tuple(flat))
-    chosen = _plan(call)
-    with _device_of(out):
-        grads = _backend(chosen).backward(call, chosen, dout, dlse, out, lse, tuple(needs))
-    return [grad for grad in grads if grad is not None]
+    form, tensors = Form.of(flat)
+    return _run_backward(form, tensors, tuple(needs), dout, dlse, out, lse)
+
+
+def _run_backward(
+    form: Form,
+    tensors: Sequence[Tensor],
+    needs: tuple[bool, ...],
+    dout: Tensor,
+    dlse: Tensor | None,
+    *results: Tensor,
+) -> list[Tensor]:
+    """The gradients that are asked for, none of them None."""
+    count = len(tensors)
+
+    def compute(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        call = Call.unflatten(tuple(form.flat(tensors[:count])))
+        out, lse, dout, *more = tensors[count:]
+        dlse = more[0] if more else None
+        chosen = _plan(call)
+        grads = _backend(chosen).backward(call, chosen, dout, dlse, out, lse, needs)
+        return tuple(grad for grad in grads if grad is not None)
+
+    cotangents = (dout,) if dlse is None else (dout, dlse)
+    return list(_run(("backward", plan, needs, form), (*tensors, *results, *cotangents), compute))
 
 
 def _with_kvcache(
@@ -146,31 +220,38 @@ class _Attention(torch.autograd.Function):
     the schema's 26 arguments once for each of them."""
 
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
-        with torch._C._AutoDispatchBelowAutograd():
-            out, lse = torch.ops.flashtile.forward.default(*args)
-        ctx.save_for_backward(*(x for x in args if isinstance(x, Tensor)), out, lse)
-        ctx.arguments = [None if isinstance(x, Tensor) else x for x in args]
-        ctx.is_tensor = [isinstance(x, Tensor) for x in args]
+    def forward(
+        ctx: Any, run: Callable[..., tuple[Tensor, Tensor]], form: Form, *tensors: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        out, lse = run(*tensors)
+        ctx.save_for_backward(*tensors, out, lse)
+        ctx.form = form
         ctx.set_materialize_grads(False)
         return out, lse
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
         *tensors, out, lse = ctx.saved_tensors
-        saved = iter(tensors)
-        flat = [
-            next(saved) if tensor else other
-            for tensor, other in zip(ctx.is_tensor, ctx.arguments, strict=True)
-        ]
-        gradients: list[Tensor | None] = [None] * len(flat)
-        needs = [ctx.needs_input_grad[at] for at in _POSITIONS]
+        form, asked = ctx.form, ctx.needs_input_grad
+        gradients: list[Tensor | None] = [None] * len(asked)
+        needs = tuple([at >= 0 and asked[2 + at] for at in form.wanted])
         if any(needs) and not (dout is None and dlse is None):
             dout = torch.zeros_like(out) if dout is None else dout
-            found = iter(torch.ops.flashtile.backward.default(dout, dlse, out, lse, *flat, needs))
-            for at, need in zip(_POSITIONS, needs, strict=True):
-                gradients[at] = next(found) if need else None
+            if not torch.is_grad_enabled() and unseen((dout, dlse, out, lse, *tensors)):
+                found = _run_backward(form, tensors, needs, dout, dlse, out, lse)
+            else:
+                found = torch.ops.flashtile.backward.default(
+                    dout, dlse, out, lse, *form.flat(tensors), needs
+                )
+            following = iter(found)
+            for at, need in zip(form.wanted, needs, strict=True):
+                if need:
+                    gradients[2 + at] = next(following)
         return tuple(gradients)
+
+
+_apply = super(torch.autograd.Function, _Attention).apply
+"""`_Attention.apply` without a look for functorch, 3 us sooner."""
 
 
 class _Gradients(torch.autograd.Function):
@@ -190,17 +271,33 @@ class _Gradients(torch.autograd.Function):
         )
 
 
-def _recorded(function: Any, op: Any, listed: bool = False) -> Any:
-    """`op` through an autograd function where something in its arguments needs a gradient."""
+def _records(args: Sequence[Any]) -> bool:
+    return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args)
 
-    def kernel(*args: Any) -> Any:
-        if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args):
-            found = function.apply(*args)
-            return list(found) if listed else found
+
+def _autograd_forward(*args: Any) -> tuple[Tensor, Tensor]:
+    def run(*tensors: Tensor) -> tuple[Tensor, Tensor]:
         with torch._C._AutoDispatchBelowAutograd():
-            return op(*args)
+            return torch.ops.flashtile.forward.default(*form.flat(tensors))
 
-    return kernel
+    form, tensors = Form.of(args)
+    return _Attention.apply(run, form, *tensors) if _records(tensors) else run(*tensors)
+
+
+def _autograd_backward(*args: Any) -> list[Tensor]:
+    if _records(args):
+        return list(_Gradients.apply(*args))
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.flashtile.backward.default(*args)
+
+
+def attend_again(
+    run: Callable[..., tuple[Tensor, Tensor]], form: Form, tensors: Sequence[Tensor]
+) -> tuple[Tensor, Tensor]:
+    """The operator's forward of a kind that was met before, where nobody sees it."""
+    if torch.is_grad_enabled() and True in [x.requires_grad for x in tensors]:
+        return _apply(run, form, *tensors)
+    return run(*tensors)
 
 
 def _autocast(op: Any, key: str, first: int) -> Any:
@@ -229,10 +326,8 @@ torch.library.register_fake("flashtile::forward", _fake_forward, lib=_library)
 torch.library.register_fake("flashtile::backward", _fake_backward, lib=_library)
 torch.library.register_fake("flashtile::with_kvcache", _fake_with_kvcache, lib=_library)
 torch.library.register_fake("flashtile::classify", _fake_classify, lib=_library)
-_library.impl("forward", _recorded(_Attention, torch.ops.flashtile.forward.default), "Autograd")
-_library.impl(
-    "backward", _recorded(_Gradients, torch.ops.flashtile.backward.default, listed=True), "Autograd"
-)
+_library.impl("forward", _autograd_forward, "Autograd")
+_library.impl("backward", _autograd_backward, "Autograd")
 for _key in ("AutocastCPU", "AutocastCUDA"):
     _library.impl(
         "forward", _autocast(torch.ops.flashtile.forward.default, _key, 0), _key, with_keyset=True
@@ -260,5 +355,6 @@ def with_mask_blocks(call: Call) -> Call:
 
 
 def classifies(device_type: str) -> bool:
-    """Whether calls on such a device come with classified masks."""
+    """Whether kernels compute calls on such a device: their masks come classified, and they are
+    replayed."""
     return device_type == "cuda"

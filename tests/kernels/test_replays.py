@@ -1,23 +1,33 @@
-"""Launches made for their like: other tensors in the places of the first ones, nothing else."""
+"""Calls made for their like: other tensors in the places of the first ones, nothing else."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from triton import knobs
 
-from flashtile.backends import replays
+import flashtile
+from flashtile import config, flash_attn_func, flash_attn_varlen_func, ops
+from flashtile.backends import launch, replays, triton
 from flashtile.testing import Case, assert_matches_reference
 from flashtile.testing.cases import Problem
 from flashtile.testing.interpreter import interpreted
 
+DENSE = Case("causal", 20, 33, head_dim=8, features={"causal": True})
+PACKED = Case("packed", head_dim=8, lengths=((17, 17), (0, 5), (9, 20)), features={"causal": True})
 CASES = [
-    Case("causal", 20, 33, head_dim=8, features={"causal": True}),
+    DENSE, PACKED,
     Case("mods", 20, 20, head_dim=8, features={"softcap": 3.0, "window_size": (9, 2)},
          tensors=("alibi_slopes", "bias", "learnable_sink")),
     Case("dropout", 20, 20, head_dim=8, features={"dropout_p": 0.3}),
-    Case("packed", head_dim=8, lengths=((17, 17), (0, 5), (9, 20)), features={"causal": True}),
-    Case("paged", head_dim=8, lengths=((17, 17), (3, 20)), page_size=4),
 ]  # fmt: skip
+PAGED = Case("paged", head_dim=8, lengths=((17, 17), (3, 20)), page_size=4)
 
 
 def _same_shapes(case: Case, seed: int) -> Problem:
@@ -28,26 +38,58 @@ def _same_shapes(case: Case, seed: int) -> Problem:
     return problem._replace(tensors=tensors)
 
 
+def _qkv(**options: Any) -> list[Tensor]:
+    return [torch.randn(2, 20, 2, 8, **options) for _ in "qkv"]
+
+
+def _refuse(*_: Any) -> None:
+    raise AssertionError("the long way was taken")
+
+
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_later_calls_are_replayed(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     with interpreted(capacity=64):
         assert_matches_reference(_same_shapes(case, 0), "first")
         assert None not in replays._replays.values()
         kept = len(replays._replays)
-        assert kept >= 4  # forward, prepare, dq, dkdv
-        monkeypatch.setattr(replays, "run", None)  # nothing is built again
+        monkeypatch.setattr(triton, "run", _refuse)
+        if case.name != "dropout":  # whose state is a new tensor of the operator's
+            monkeypatch.setattr(ops, "forward", _refuse)
+            monkeypatch.setattr(torch.ops.flashtile.backward, "default", _refuse)
         for seed in (1, 2):
             assert_matches_reference(_same_shapes(case, seed), f"replay {seed}")
         assert len(replays._replays) == kept
 
 
-def test_one_tensor_in_two_places_is_not_replayed() -> None:
+def test_gradients_of_pages_are_not_replayed() -> None:
+    with interpreted(capacity=64):
+        for seed in range(3):
+            assert_matches_reference(_same_shapes(PAGED, seed), f"call {seed}")
+        assert list(replays._replays.values()).count(None) == 1
+
+
+def test_lengths_may_change() -> None:
+    """Contents of cu_seqlens are no metadata."""
+    q, k, v = (torch.randn(20, 2, 8) for _ in "qkv")
+    with interpreted(capacity=64), torch.no_grad():
+        for offsets in ([0, 5, 20], [0, 20, 20], [0, 0, 13]):
+            cu = torch.tensor(offsets, dtype=torch.int32)
+            out = flash_attn_varlen_func(q, k, v, cu, cu, causal=True)
+            exact = flashtile.reference.attention(
+                q, k, v, causal=True, cu_seqlens_q=cu, cu_seqlens_k=cu
+            ).out
+            torch.testing.assert_close(out, exact.float(), rtol=1e-4, atol=1e-4)
+        assert len(replays._replays) == 2  # the operator's and the user's way to it
+
+
+def test_one_tensor_in_two_places_may_be_two_next_time() -> None:
     with interpreted(capacity=64):
         x = torch.randn(1, 20, 2, 8)
         twice = Problem({"q": x, "k": x, "v": x}, {"causal": True}, False)
         assert_matches_reference(twice)
         apart = Problem({n: torch.randn(1, 20, 2, 8) for n in "qkv"}, {"causal": True}, False)
         assert_matches_reference(apart)
+        assert None not in replays._replays.values()
 
 
 def test_other_metadata_is_another_launch() -> None:
@@ -59,8 +101,189 @@ def test_other_metadata_is_another_launch() -> None:
                 assert_matches_reference(case.draw(length + 1))
 
 
-def test_the_oldest_go_when_it_is_full(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_everything_goes_when_it_is_full() -> None:
     with interpreted(capacity=4):
         for length in range(20, 24):
             assert_matches_reference(Case("", length, length, head_dim=8).draw(1))
             assert len(replays._replays) <= 4
+
+
+@pytest.mark.parametrize("given", [
+    {"window_size": [3, 0]}, {"softmax_scale": torch.tensor(0.5)}, {"dropout_p": 0.5},
+    {"attn_mask": torch.ones(20, 20, dtype=torch.bool)}, {"out": torch.empty(2, 20, 2, 8)},
+], ids=lambda given: next(iter(given)))  # fmt: skip
+def test_what_is_no_metadata_takes_the_operator(
+    given: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with interpreted(capacity=64), torch.no_grad():
+        flash_attn_func(*_qkv(), **given)
+        monkeypatch.setattr(ops, "forward", _refuse)
+        with pytest.raises(AssertionError, match="the long way"):
+            flash_attn_func(*_qkv(), **given)
+
+
+class _Seen(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_mode_sees_the_operators() -> None:
+    x = _qkv(requires_grad=True)
+    with interpreted(capacity=64):
+        for _ in range(2):
+            flash_attn_func(*x).sum().backward()
+        with _Seen() as seen:
+            flash_attn_func(*x).sum().backward()
+    assert {"flashtile.forward.default", "flashtile.backward.default"} <= set(seen.names)
+
+
+def test_checked_mode_checks(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = (torch.randn(20, 2, 8) for _ in "qkv")
+    good, bad = (torch.tensor(x, dtype=torch.int32) for x in ([0, 5, 20], [0, 5, 4]))
+    with interpreted(capacity=64):
+        for _ in range(2):
+            flash_attn_varlen_func(q, k, v, good, good)
+        monkeypatch.setattr(config, "checked", True)
+        with pytest.raises(ValueError, match="cu_seqlens_q decreases"):
+            flash_attn_varlen_func(q, k, v, bad, good)
+
+
+def test_errors_are_raised_again() -> None:
+    q, k, v = _qkv()
+    with interpreted(capacity=64):
+        for _ in range(2):
+            flash_attn_func(q, k, v)
+            with pytest.raises(ValueError, match="softcap is -1"):
+                flash_attn_func(q, k, v, softcap=-1.0)
+            with pytest.raises(TypeError, match="v is a NoneType"):
+                flash_attn_func(q, k, None)  # type: ignore[arg-type]
+            with pytest.raises(ValueError, match="v has shape"):
+                flash_attn_func(q, k, v[:1])
+            with pytest.raises(TypeError, match="dtypes"):
+                flash_attn_func(q, k, v.half())
+
+
+def test_autograd_of_a_replay() -> None:
+    """What torch promises of saved tensors, and what flashtile says of second derivatives."""
+    with interpreted(capacity=64):
+        q, k, v = _qkv(requires_grad=True)
+        for turn in range(2):
+            x = q * 1.0
+            out = flash_attn_func(x, k, v)
+            x.mul_(2.0)
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                out.sum().backward()
+            loss = flash_attn_func(q, k, v).square().sum()
+            (dq,) = torch.autograd.grad(loss, q, create_graph=True)
+            with pytest.raises(RuntimeError, match="flashtile has no second derivative"):
+                dq.sum().backward()
+            _, lse = flash_attn_func(q, k, v, return_lse=True)
+            found = torch.autograd.grad(lse.sum(), (q, k, v))
+            assert found[2].eq(0).all(), turn
+            exact = flashtile.reference.attention(q, k, v).lse.sum()
+            torch.testing.assert_close(found[:2], torch.autograd.grad(exact, (q, k)))
+
+
+def test_saved_tensors_may_come_back_with_other_strides() -> None:
+    """As after torch.autograd.graph.save_on_cpu, which makes them contiguous."""
+    with interpreted(capacity=64):
+        q, k, v = (torch.randn(2, 2, 20, 8).transpose(1, 2).requires_grad_() for _ in "qkv")
+        expected = None
+        for hooked in (False, False, True, True):
+            pack = (lambda x: x.contiguous()) if hooked else (lambda x: x)
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+                out = flash_attn_func(q, k, v, causal=True)
+            found = torch.autograd.grad(out.square().sum(), (q, k, v))
+            expected = expected or found
+            torch.testing.assert_close(found, expected)
+
+
+def test_only_the_gradients_asked_for() -> None:
+    with interpreted(capacity=64):
+        q, k, v = _qkv()
+        sink = torch.nn.Parameter(torch.randn(2))
+        for wanted in ([k], [q, v], [k], [sink], [q, sink], [q, sink]):
+            for x in (q, k, v, sink):
+                x.requires_grad_(any(x is y for y in wanted))
+                x.grad = None
+            flash_attn_func(q, k, v, learnable_sink=sink).square().sum().backward()
+            for x in (q, k, v, sink):
+                assert (x.grad is not None) == x.requires_grad
+
+
+@dataclass
+class _Descriptor:
+    """Stands in for Triton's TensorDescriptor."""
+
+    base: Tensor
+    block_shape: list[int]
+
+    def __post_init__(self) -> None:
+        assert self.base is not None
+
+
+class _Kernel:
+    """Stands in for a kernel: compiled, or of the interpreter."""
+
+    def __init__(self, compiled: Any = None) -> None:
+        self.compiled, self.seen = compiled, []  # type: ignore[var-annotated]
+
+    def __getitem__(self, grid: Any) -> Any:
+        return lambda *args, **options: self.seen.append(args) or self.compiled
+
+
+def test_a_descriptor_is_rebuilt_around_another_tensor() -> None:
+    kernel = _Kernel()
+    with interpreted(capacity=64):
+        for x in (torch.zeros(4), torch.ones(4)):
+
+            def compute(tensors: Any) -> tuple[Tensor]:
+                scratch = replays.empty((3,), tensors[0])
+                described = _Descriptor(tensors[0], [2])
+                launch.run(launch.Launch(kernel, 1, (described, (7, (scratch,)))))
+                return (scratch,)
+
+            (found,) = replays.run("test", (x,), compute)
+            described, (seven, (scratch,)) = kernel.seen[-1]
+            assert described.base is x
+            assert described.block_shape == [2]
+            assert seven == 7
+            assert scratch is found
+        assert len(kernel.seen) == 2
+        assert None not in replays._replays.values()
+
+
+def test_a_compiled_kernel_takes_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unless a profiler listens: then Triton's launcher is called, on the same stream."""
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda _: 5, raising=False)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    straight: list[Any] = []
+    heard: list[Any] = []
+
+    class Compiled(SimpleNamespace):
+        def __getitem__(self, grid: Any) -> Any:
+            return lambda *args, stream: heard.append((grid, stream, args))
+
+    compiled = Compiled(run=lambda *a: straight.append(a), function=1, packed_metadata=2)
+    kernel = _Kernel(compiled)
+
+    def compute(tensors: Any) -> tuple[Tensor]:
+        launch.run(launch.Launch(kernel, 3, ((tensors[0], 4), None)))
+        return (replays.make(torch.neg, tensors[0]),)
+
+    with interpreted(capacity=64):
+        for number in (1.0, 2.0):
+            x = torch.full((4,), number)
+            (found,) = replays.run("test", (x,), compute)
+            assert found.eq(-number).all()
+        arguments = ((x.data_ptr(), 4), None)
+        assert straight == [(3, 1, 1, 5, 1, 2, None, None, None, *arguments)]
+        monkeypatch.setattr(knobs.runtime.launch_enter_hook, "calls", [print])
+        replays.run("test", (x,), compute)
+    assert heard == [((3, 1, 1), 5, arguments)]
+    assert len(straight) == len(kernel.seen) == 1

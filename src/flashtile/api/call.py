@@ -54,7 +54,7 @@ def normalise(
         _unit_stride(q), _unit_stride(k), _unit_stride(v), _four_dims(bias), _four_dims(attn_mask),
         alibi_slopes, learnable_sink, ids_q, ids_k,
     )  # fmt: skip
-    longest = {"max_seqlen_q": _host_int(max_seqlen_q), "max_seqlen_k": _host_int(max_seqlen_k)}
+    longest = {"max_seqlen_q": host_int(max_seqlen_q), "max_seqlen_k": host_int(max_seqlen_k)}
     call = Call(
         operands,
         Sequences(**sequences, **longest),  # type: ignore[arg-type]
@@ -127,6 +127,6 @@ def _document_pair(ids: Documents | None) -> tuple[Tensor | None, Tensor | None]
     return ids[0], ids[1]
 
 
-def _host_int(longest: int | Tensor | None) -> int:
+def host_int(longest: int | Tensor | None) -> int:
     """max_seqlen as an int. A tensor would need a host sync to read, so it counts as unknown."""
     return UNBOUNDED if longest is None or isinstance(longest, Tensor) else longest

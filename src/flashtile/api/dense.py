@@ -82,13 +82,12 @@ def flash_attn_func(
     >>> q = torch.randn(2, 1024, 8, 64)
     >>> out = flash_attn_func(q, q, q, causal=True)  # (2, 1024, 8, 64)
     """
-    key = None
-    plain = alibi_slopes is bias is attn_mask is learnable_sink is document_ids is out is None
-    if plain and dropout_p == 0.0 and not return_attn_probs:
-        key = warm.key_of(q, k, v, (softmax_scale, causal, *window_size, softcap))
-        if (again := warm.find(key)) is not None:
-            results = again(q, k, v)
-            return results if return_lse else results[0]
+    key, tensors = None, (q, k, v, bias, alibi_slopes, learnable_sink)
+    if attn_mask is document_ids is out is None and dropout_p == 0.0 and not return_attn_probs:
+        given = (softmax_scale, causal, window_size, softcap, deterministic)
+        key = warm.key_of(given, tensors)
+        if (found := warm.again(key, tensors)) is not None:
+            return found if return_lse else found[0]
     call = normalise(
         q, k, v, dropout_p=dropout_p, softmax_scale=softmax_scale, causal=causal,
         window_size=window_size, softcap=softcap, alibi_slopes=alibi_slopes,
@@ -97,7 +96,7 @@ def flash_attn_func(
         dropout_generator=dropout_generator,
     )  # fmt: skip
     found = attend(call, out=out, return_lse=return_lse, return_attn_probs=return_attn_probs)
-    warm.remember(key, call)
+    warm.remember(key, tensors, call)
     return found
 
 

@@ -1,65 +1,67 @@
 """The second call of a kind: straight from metadata to the launch.
 
-An eager call without autograd, whose shapes, strides, alignment and scalars were met before, needs
-no checks, no plan and no operator: everything they depend on is in the key. What is left is to
-allocate the results and to launch, 10 us instead of 100.
+An eager call whose shapes, strides, alignment, scalars and switches were met before needs no
+checks, no plan and no operator: all that they depend on is in the key. What is left is to allocate
+the results and to launch, under an autograd function if an input requires grad.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from flashtile import config, ops
+from flashtile import ops
+from flashtile.backends import replays
 from flashtile.problem import Call
 
-Replay = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-
-_CAPACITY = 4096
-_replays: dict[tuple[Any, ...], Replay | None] = {}
+_HASHED = frozenset((bool, int, float, str, type(None)))
 
 
-def key_of(q: Tensor, k: Tensor, v: Tensor, scalars: tuple[Any, ...]) -> tuple[Any, ...] | None:
-    """All that a plain dense call depends on, or None for a call that has to take the long way."""
-    plain = type(q) is type(k) is type(v) is Tensor and q.dim() == k.dim() == v.dim() == 4
-    if not (plain and q.is_cuda) or _intercepted(q, k, v):
+def key_of(given: tuple[Any, ...], tensors: Sequence[Tensor | None]) -> replays.Key | None:
+    """All that a call depends on, or None for a call that has to take the long way. `given` is
+    what the user gave besides tensors, `tensors` are in the order of the operator's arguments."""
+    if not ops.unseen(tensors):
         return None
-    strides = q.stride(), k.stride(), v.stride()
-    if not strides[0][-1] == strides[1][-1] == strides[2][-1] == 1:
-        return None  # the long way copies it
-    return (
-        q.shape, k.shape, v.shape, strides, q.dtype, k.dtype, v.dtype, q.device, k.device, v.device,
-        q.data_ptr() & 15, k.data_ptr() & 15, v.data_ptr() & 15, scalars, config.allow_tf32,
-    )  # fmt: skip
+    q, k, v, *_ = tensors
+    if q is None or k is None or v is None or not (q.is_cuda or ops.classifies(q.device.type)):
+        return None
+    if torch.is_autocast_enabled() and not (
+        q.dtype == k.dtype == v.dtype == torch.get_autocast_dtype("cuda")
+    ):
+        return None  # the operator casts them
+    return replays.key_of((given, ops.plan), tensors)
 
 
-def _intercepted(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether something must see the operator: autograd, autocast, a mode, a tracer."""
-    if torch.compiler.is_compiling() or config.checked:
-        return True
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        return True
-    return (
-        torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._functorch.maybe_current_level() is not None
-        or forward_ad._current_level >= 0
-        or torch.is_autocast_enabled("cuda")
-        or q.get_device() != torch.cuda.current_device()
-    )
+def again(key: replays.Key | None, tensors: Sequence[Tensor | None]) -> Any:
+    """(out, lse) if the call's like was met before, else None."""
+    if key is None:
+        return None
+    try:
+        found = replays.find(key)
+    except TypeError:  # a list for a tuple has no hash
+        return None
+    if found is None:
+        return None
+    run, form = found
+    return ops.attend_again(run, form, [x for x in tensors if x is not None])
 
 
-def find(key: tuple[Any, ...] | None) -> Replay | None:
-    return None if key is None else _replays.get(key)
-
-
-def remember(key: tuple[Any, ...] | None, call: Call) -> None:
-    """Keep how a call that has just succeeded is launched. None: its backend has no short way."""
-    if key is None or key in _replays:
+def remember(key: replays.Key | None, tensors: Sequence[Tensor | None], call: Call) -> None:
+    """Let the key of a call that has just succeeded lead to its replay, if its operator got the
+    tensors that the user gave: not copies of them, nor others besides."""
+    if key is None:
         return
-    if len(_replays) >= _CAPACITY:
-        _replays.clear()
-    _replays[key] = ops.replay(call)
+    form, those = ops.Form.of(call.flat())
+    these = [x for x in tensors if x is not None]
+    same = len(these) == len(those) and all(x is y for x, y in zip(these, those, strict=True))
+    run = replays.find(replays.key_of(ops.kind_of_forward(form), those)) if same else None
+    # What is not a number, such as a tensor for the scale, may have another value next time.
+    if run is not None and _HASHED.issuperset(map(type, _leaves(key[0][0]))):
+        replays.keep(key, (run, form))
+
+
+def _leaves(x: Any) -> list[Any]:
+    return [z for y in x for z in _leaves(y)] if isinstance(x, tuple) else [x]

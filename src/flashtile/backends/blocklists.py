@@ -9,6 +9,7 @@ from torch import Tensor
 
 from flashtile.backends import operands
 from flashtile.backends.launch import Launch, run
+from flashtile.backends.replays import empty
 from flashtile.kernels import blocks as kernels
 from flashtile.kernels.numbers import opaque
 from flashtile.kernels.schedule import BlockList
@@ -59,8 +60,8 @@ def _lists(call: Call, transposed: bool) -> BlockList | None:
     own, other = shape.q_tiles, shape.k_tiles
     if transposed:
         own, other = other, own
-    entries = codes.new_empty((shape.batches, shape.heads, own, other), dtype=torch.int32)
-    counts = codes.new_empty((shape.batches, shape.heads, own, 4), dtype=torch.int32)
+    entries = empty((shape.batches, shape.heads, own, other), codes, torch.int32)
+    counts = empty((shape.batches, shape.heads, own, 4), codes, torch.int32)
     run(Launch(
         kernels.list_blocks, shape.batches * shape.heads * own,
         (_grid(codes), entries, counts, operands.query_sequences(call),

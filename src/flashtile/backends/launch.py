@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+from triton import knobs
 
 from flashtile.backends.jitcache import launch_healing
+from flashtile.backends.replays import Tape, taping
 
 
 class Launch(NamedTuple):
@@ -23,31 +24,32 @@ def run(launch: Launch) -> None:
     """Launch on the current stream. An empty grid is no launch."""
     if launch.grid == 0:
         return
-    start = launch.kernel[(launch.grid,)]
-    launch_healing(
-        lambda: start(*launch.arguments, num_warps=launch.num_warps, num_stages=launch.num_stages),
-        launch.kernel,
-    )
-
-
-def warm(launch: Launch) -> Callable[..., None]:
-    """A launcher of the compiled kernel for arguments of the same types, strides and alignment.
-
-    It skips Triton's binding and specialisation of arguments, most of the host time of a launch.
-    """
     options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
-    if not hasattr(launch.kernel, "device_caches"):  # Triton's interpreter compiles nothing
-        return partial(launch.kernel[(launch.grid,)], **options)
-
-    def load() -> Callable[..., None]:
-        compiled = launch.kernel.warmup(*launch.arguments, grid=(1,), **options)
-        return compiled[(launch.grid, 1, 1)]
-
-    start = launch_healing(load, launch.kernel)
-    index = torch.cuda.current_device()
-    return lambda *arguments: start(*arguments, stream=_stream(index))
+    start = partial(launch.kernel[(launch.grid,)], **options)
+    compiled = launch_healing(lambda: start(*launch.arguments), launch.kernel)
+    if (tape := taping()) is None:
+        return
+    if hasattr(compiled, "packed_metadata"):
+        _tape_compiled(tape, launch, compiled)
+    else:  # Triton's interpreter compiles nothing
+        tape.launched(f"{tape.constant(start)}(", launch.arguments, pointers=False)
 
 
-def _stream(device: int) -> int:
-    """The current stream's handle, as Triton's own launcher asks for it, 2 us sooner."""
-    return torch._C._cuda_getCurrentRawStream(device)
+def _tape_compiled(tape: Tape, launch: Launch, compiled: Any) -> None:
+    """Go to the compiled kernel with addresses: binding and specialisation of arguments, and a
+    look at each tensor in C, are most of the host time of a launch.
+
+    While a profiler has hooked itself into launches, Triton's own way is taken.
+    """
+    grid, runner = launch.grid, compiled[(launch.grid, 1, 1)]
+
+    def heard(*arguments: Any) -> None:
+        runner(*arguments[9:], stream=arguments[3])
+
+    c = tape.constant
+    before, after = c(knobs.runtime.launch_enter_hook), c(knobs.runtime.launch_exit_hook)
+    start = f"({c(heard)} if {before}.calls or {after}.calls else {c(compiled.run)})"
+    # The stream's handle as Triton's own launcher asks for it, 2 us sooner.
+    stream = f"{c(torch._C._cuda_getCurrentRawStream)}({torch.cuda.current_device()})"
+    kernel = f"{c(compiled.function)}, {c(compiled.packed_metadata)}, None, None, None"
+    tape.launched(f"{start}({c(grid)}, 1, 1, {stream}, {kernel}, ", launch.arguments, pointers=True)

@@ -1,86 +1,206 @@
-"""Launches that have been made before: from metadata to the compiled kernel.
+"""Calls that have been made before: from metadata straight to allocations and launches.
 
-Views, variants and Triton's binding of arguments take most of the host time of a launch (75 of 80
-us), and depend on nothing but shapes, strides, alignment and scalars. A launch whose metadata was
-met before only puts the new tensors in the places that the old ones had.
+Plan, views, variants and Triton's binding of arguments are most of the host time of a call (200 of
+240 us), and depend on nothing but shapes, strides, alignment, scalars and switches. The first call
+of a kind is taped: what it makes, what it launches, and where its tensors stand in that. Later
+calls run the tape with their own tensors, as a function written for it:
+
+    def replay(t0, t1, t2):
+        t3 = c0()
+        p0 = t0.data_ptr()
+        ...
+        (c1 if c2.calls or c3.calls else c4)(c5, 1, 1, ..., (p0, c6, c7), ..., (p3, c8, c9), ...)
+        return (t3, )
+
+Values of tensors are never looked at, so none can be kept by mistake.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from operator import itemgetter
+import threading
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from functools import lru_cache, partial
+from types import CodeType
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from flashtile import config
-from flashtile.backends.launch import Launch, run, warm
-from flashtile.problem import Call
 
 CAPACITY = 4096
-"""Launches that are kept; 0 keeps none."""
+"""Calls that are kept; 0 keeps none."""
 
-Tensors = Sequence[Tensor | None]
-_replays: dict[tuple[Any, ...], Callable[[Tensors], None] | None] = {}
+Key = tuple[Any, ...]
+_replays: dict[Key, Any] = {}
+_thread = threading.local()
 
 
-def launch(
-    name: str, call: Call, more: tuple[Tensor | None, ...], build: Callable[[], Launch]
-) -> None:
-    """Launch what `build` builds from a call's tensors and `more`, or built for their like."""
-    tensors = (*call.operands, *call.sequences[:7], *more)
-    key = (
-        name, call.sequences[7:], call.variant, config.allow_tf32,
-        *(None if x is None else _signature(x) for x in tensors),
+def key_of(kind: Hashable, tensors: Iterable[Tensor | None]) -> Key:
+    """All that what is made and launched depends on, and what Triton specialises a kernel on."""
+    return (
+        kind, config.allow_tf32, torch.are_deterministic_algorithms_enabled(),
+        *[
+            None if x is None else
+            (x.shape, x.stride(), x.dtype, x.get_device(), x.data_ptr() & 15)
+            for x in tensors
+        ],
     )  # fmt: skip
+
+
+def find(key: Key) -> Any:
+    return _replays.get(key)
+
+
+def keep(key: Key, found: Any) -> None:
+    """Keep what a key leads to. When there is no more room everything goes."""
+    if len(_replays) >= CAPACITY:
+        _replays.clear()
+    if CAPACITY:
+        _replays[key] = found
+
+
+def run(
+    kind: Hashable,
+    tensors: Sequence[Tensor],
+    compute: Callable[[Sequence[Tensor]], tuple[Any, ...]],
+) -> tuple[Any, ...]:
+    """compute(tensors), a tuple of tensors and None, or its replay if it was met before.
+
+    The current device is the tensors'.
+    """
+    key = key_of(kind, tensors)
     again = _replays.get(key)
     if again is not None:
-        again(tensors)
-        return
-    found = build()
-    run(found)
-    if key not in _replays and CAPACITY and found.grid > 0:
-        if len(_replays) >= CAPACITY:
-            _replays.clear()
-        _replays[key] = _replay(found, tensors)
-
-
-def _signature(x: Tensor) -> tuple[Any, ...]:
-    """What Triton specialises a kernel on, and more."""
-    return x.shape, x.stride(), x.dtype, x.get_device(), x.data_ptr() & 15
-
-
-def _replay(found: Launch, tensors: Tensors) -> Callable[[Tensors], None] | None:
-    """How to launch it with other tensors; None where it holds others than those given, or where
-    one tensor stands in two places, which the next call need not repeat."""
+        return again(*tensors)
+    if not CAPACITY or key in _replays:
+        return compute(tensors)
+    # A tensor in two places is two tensors, since in the next call it may be.
+    apart = [x.detach() if any(x is y for y in tensors[:i]) else x for i, x in enumerate(tensors)]
+    _thread.tape = tape = Tape(apart)
     try:
-        fill = _slots(found.arguments, tensors)
-    except LookupError:
-        return None
-    start = warm(found)
-    return None if fill is None else lambda others: start(*fill(others))
+        found = compute(apart)
+    finally:
+        _thread.tape = None
+    keep(key, tape.replay(found))
+    return found
 
 
-def _slots(x: Any, tensors: Tensors) -> Callable[[Tensors], Any] | None:
-    """A function that makes x with other tensors in its places, or None if it has none."""
-    if isinstance(x, Tensor):
-        places = [i for i, tensor in enumerate(tensors) if tensor is x]
-        if len(places) != 1:
-            raise LookupError
-        return itemgetter(places[0])
-    if not isinstance(x, tuple):
-        return None
-    slots = [(i, slot) for i, slot in ((i, _slots(y, tensors)) for i, y in enumerate(x)) if slot]
-    if not slots:
-        return None
-    filled = {i for i, _ in slots}
-    blank = [None if i in filled else y for i, y in enumerate(x)]
-    make = getattr(type(x), "_make", tuple)
+def taping() -> Tape | None:
+    """The tape of the call that this thread is in, if it is the first of its kind."""
+    return getattr(_thread, "tape", None)
 
-    def fill(others: Tensors) -> Any:
-        values: list[Any] = blank.copy()
-        for i, slot in slots:
-            values[i] = slot(others)
-        return make(values)
 
-    return fill
+def make(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    """function(*tensors), now and in every replay: its other arguments must be metadata."""
+    found = function(*tensors)
+    if (tape := taping()) is not None:
+        tape.made(found, function, tensors)
+    return found
+
+
+def empty(shape: Sequence[int], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Memory for a contiguous tensor on `like`'s device, the current one; of its dtype, unless one
+    is given."""
+    dtype = dtype or like.dtype
+    found = torch.empty(tuple(shape), dtype=dtype, device=like.device)
+    if (tape := taping()) is not None:
+        tape.made(found, _allocation(found))
+    return found
+
+
+def _allocation(x: Tensor) -> Callable[[], Tensor]:
+    """How to allocate such a tensor on the current device."""
+    filled = torch.are_deterministic_algorithms_enabled()  # torch.empty may fill memory with NaN
+    # Inductor's way, 3 us sooner than torch.empty, whose time goes to parsing its arguments.
+    quick = getattr(torch._C._dynamo.guards, "_empty_strided_cuda", None)
+    if quick is None or filled or not x.is_cuda:
+        return partial(torch.empty, x.shape, dtype=x.dtype, device=x.device)
+    return partial(quick, tuple(x.shape), x.stride(), x.dtype)
+
+
+class Tape:
+    """Source of a function that does again, with other tensors, what was done with these."""
+
+    def __init__(self, given: Sequence[Tensor]) -> None:
+        self._tensors = list(given)  # alive, so that no other tensor gets the id of one of them
+        self._names = {id(x): f"t{i}" for i, x in enumerate(given)}
+        self._head = f"def replay({', '.join(self._names.values())}):"
+        self._lines: list[str] = []
+        self._constants: dict[str, Any] = {}
+        self._foreign = False  # whether it met a tensor from nowhere
+
+    def constant(self, x: Any) -> str:
+        """A name of what is the same in every replay."""
+        name = f"c{len(self._constants)}"
+        self._constants[name] = x
+        return name
+
+    def made(
+        self, x: Tensor, function: Callable[..., Tensor], tensors: Sequence[Tensor] = ()
+    ) -> None:
+        """x = function(*tensors). It may be one of them."""
+        if id(x) not in self._names:
+            arguments = ", ".join(map(self._name, tensors))
+            self._names[id(x)] = name = f"t{len(self._tensors)}"
+            self._tensors.append(x)
+            self._lines.append(f"{name} = {self.constant(function)}({arguments})")
+
+    def launched(self, start: str, arguments: tuple[Any, ...], pointers: bool) -> None:
+        """A launch: `start` is source up to the kernel's arguments, tensors or their addresses."""
+        self._lines.append(start + ", ".join(self._written(x, pointers) for x in arguments) + ")")
+
+    def replay(self, results: tuple[Any, ...]) -> Callable[..., tuple[Any, ...]] | None:
+        """The function; None for a call in which there was a tensor from nowhere."""
+        written = "".join(f"{'None' if x is None else self._name(x)}, " for x in results)
+        if self._foreign:
+            return None
+        source = "\n    ".join((self._head, *self._lines, f"return ({written})"))
+        exec(_compiled(source), self._constants)
+        return self._constants["replay"]
+
+    def _name(self, x: Tensor) -> str:
+        self._foreign |= id(x) not in self._names
+        return self._names.get(id(x), "t")
+
+    def _address(self, x: Tensor) -> str:
+        """A name of a tensor's address, which is asked for once: it takes 0.2 us."""
+        address = self._name(x).replace("t", "p")
+        line = f"{address} = {self._name(x)}.data_ptr()"
+        if line not in self._lines:
+            self._lines.append(line)
+        return address
+
+    def _written(self, x: Any, pointers: bool) -> str:
+        """Source of a kernel's argument: a tensor, a tuple, a descriptor, or a constant."""
+        if isinstance(x, Tensor):
+            return self._address(x) if pointers else self._name(x)
+        if isinstance(x, tuple) and any(map(_holds_tensor, x)):
+            inside = "".join(f"{self._written(y, pointers)}, " for y in x)
+            # A compiled kernel takes any tuple, the interpreter looks up fields.
+            named = not pointers and type(x) is not tuple
+            return f"{self.constant(type(x)) if named else ''}({inside})"
+        if not isinstance(x, tuple) and _holds_tensor(x):
+            return f"{self.constant(partial(rebased, rebased(x, None)))}({self._name(x.base)})"
+        return self.constant(x)
+
+
+@lru_cache(maxsize=256)
+def _compiled(source: str) -> CodeType:
+    """Calls of one kind share their source: only their constants differ."""
+    return compile(source, "<flashtile replay>", "exec")
+
+
+def _holds_tensor(x: Any) -> bool:
+    if isinstance(x, tuple):
+        return any(map(_holds_tensor, x))
+    return isinstance(x, Tensor) or isinstance(getattr(x, "base", None), Tensor)
+
+
+def rebased(descriptor: Any, base: Tensor | None) -> Any:
+    """A tensor descriptor (anything with a `base`) of another tensor of the same metadata. It is
+    not validated again, which takes Triton's 5 us."""
+    new = object.__new__(type(descriptor))
+    vars(new).update(vars(descriptor))
+    new.base = base
+    return new

@@ -6,16 +6,17 @@ and grids depend on shapes alone, so that a captured graph replays with other le
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from flashtile import config as switches
 from flashtile.backends import blocklists, operands, paged
-from flashtile.backends.launch import Launch, warm
+from flashtile.backends.launch import Launch, run
 from flashtile.backends.operands import row_view, token_view
-from flashtile.backends.replays import launch
+from flashtile.backends.replays import empty, make
 from flashtile.backends.torch import Gradients
 from flashtile.kernels import backward as backward_kernels
 from flashtile.kernels import bias as bias_kernels
@@ -31,9 +32,9 @@ PREPARE_ROWS = 64
 def forward(call: Call, plan: Plan) -> tuple[Tensor, Tensor]:
     """(out, lse) of a call; rows of no sequence and rows that see no key are 0 and -inf."""
     q, v = call.operands.q, call.operands.v
-    out = q.new_empty((*q.shape[:-1], v.shape[-1]))
-    lse = q.new_empty(call.lse_shape, dtype=torch.float32)
-    launch("forward", call, (out, lse), lambda: forward_launch(call, plan, out, lse))
+    out = empty((*q.shape[:-1], v.shape[-1]), q)
+    lse = empty(call.lse_shape, q, torch.float32)
+    run(forward_launch(call, plan, out, lse))
     return out, lse
 
 
@@ -50,27 +51,6 @@ def forward_launch(call: Call, plan: Plan, out: Tensor, lse: Tensor) -> Launch:
          call.operands.learnable_sink, a.scale, a.heads, tile),
         configs.forward.num_warps, configs.forward.num_stages,
     )  # fmt: skip
-
-
-def replay(call: Call, plan: Plan) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """forward for other q, k and v of the same metadata, of a dense call without other tensors."""
-    q = call.operands.q
-    shape, lse_shape = (*q.shape[:-1], call.operands.v.shape[-1]), call.lse_shape
-    out, lse = q.new_empty(shape), q.new_empty(lse_shape, dtype=torch.float32)
-    launch = forward_launch(call, plan, out, lse)
-    if launch.grid == 0:
-        return lambda q, k, v: (q.new_empty(shape), q.new_empty(lse_shape, dtype=torch.float32))
-    start = warm(launch)
-    of_q, of_k, of_v, of_out, of_lse = (tuple(view)[1:] for view in launch.arguments[:5])
-    rest, dtype, device = launch.arguments[5:], q.dtype, q.device
-
-    def run_again(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        out = torch.empty(shape, dtype=dtype, device=device)
-        lse = torch.empty(lse_shape, dtype=torch.float32, device=device)
-        start((q, *of_q), (k, *of_k), (v, *of_v), (out, *of_out), (lse, *of_lse), *rest)
-        return out, lse
-
-    return run_again
 
 
 def backward(
@@ -92,25 +72,26 @@ def backward(
             x.new_zeros(x.shape) if x is not None and need else None
             for x, need in zip(wanted, needs, strict=True)
         ))  # fmt: skip
-    dout = dout if dout.stride(-1) == 1 else dout.contiguous()
-    rows = lse.new_empty((*lse.shape, 4))
+    dout = dout if dout.stride(-1) == 1 else make(Tensor.contiguous, dout)
+    rows = empty((*lse.shape, 4), lse)
     saved = backward_kernels.Saved(token_view(dout), row_view(lse)._replace(ptr=rows))
-    more = (dout, rows)
-    dsink = _prepare(call, dlse, out, lse, saved, more, needs[4])
+    dsink = _prepare(call, dlse, out, lse, saved, needs[4])
     dq = dk = dv = dbias = None
     if needs[0]:
-        dq = torch.empty(tensors.q.shape, dtype=tensors.q.dtype, device=tensors.q.device)
-        launch("dq", call, (*more, dq), lambda: _dq_launch(call, plan, configs.dq, saved, dq))
+        dq = empty(tensors.q.shape, tensors.q)
+        run(_dq_launch(call, plan, configs.dq, saved, dq))
     if needs[1] or needs[2]:
         # Slots before a leftpad are no tile's.
-        make = torch.empty if call.sequences.cache_leftpad is None else torch.zeros
-        dk, dv = (make(x.shape, dtype=x.dtype, device=x.device)
-                  for x in (tensors.k, tensors.v))  # fmt: skip
-        launch("dkdv", call, (*more, dk, dv),
-               lambda: _dkdv_launch(call, plan, configs.dkdv, saved, dk, dv))  # fmt: skip
+        allocate = empty if call.sequences.cache_leftpad is None else _zeros
+        dk, dv = (allocate(x.shape, x) for x in (tensors.k, tensors.v))
+        run(_dkdv_launch(call, plan, configs.dkdv, saved, dk, dv))
     if needs[3] and tensors.bias is not None:
-        dbias = _bias_gradient(call, plan, configs.dbias, saved, more)
+        dbias = _bias_gradient(call, plan, configs.dbias, saved)
     return Gradients(dq, dk if needs[1] else None, dv if needs[2] else None, dbias, dsink)
+
+
+def _zeros(shape: Sequence[int], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    return make(partial(torch.zeros, shape, dtype=dtype or like.dtype, device=like.device))
 
 
 def _configs(plan: Plan) -> KernelConfigs:
@@ -145,31 +126,27 @@ def _prepare(
     out: Tensor,
     lse: Tensor,
     saved: backward_kernels.Saved,
-    more: tuple[Tensor, ...],
     sink: bool,
 ) -> Tensor | None:
     """Fill what all gradients share, delta and lse in log2 units; dsink, if it is asked for."""
     grid = _query_grid(call, PREPARE_ROWS)
     logits = call.operands.learnable_sink if sink else None
-    shares = None if logits is None else lse.new_empty((grid,))
-    dlse = None if dlse is None else dlse.contiguous()
+    shares = None if logits is None else empty((grid,), lse)
+    if dlse is not None and not dlse.is_contiguous():
+        dlse = make(Tensor.contiguous, dlse)
     config = KernelConfig(PREPARE_ROWS, 16, 4, 1)
-
-    def build() -> Launch:
-        return Launch(
-            prepare.prepare_backward, grid,
-            (token_view(out), saved.dout, row_view(lse),
-             None if dlse is None else row_view(dlse), saved.rows, logits, shares,
-             operands.query_sequences(call), operands.arguments(call).heads,
-             operands.tile(call, config, "ieee")),
-            config.num_warps, config.num_stages,
-        )  # fmt: skip
-
-    launch("prepare", call, (*more, out, lse, dlse, shares), build)
+    run(Launch(
+        prepare.prepare_backward, grid,
+        (token_view(out), saved.dout, row_view(lse),
+         None if dlse is None else row_view(dlse), saved.rows, logits, shares,
+         operands.query_sequences(call), operands.arguments(call).heads,
+         operands.tile(call, config, "ieee")),
+        config.num_warps, config.num_stages,
+    ))  # fmt: skip
     if logits is None or shares is None:
         return None
-    batches = 1 if call.varlen else call.batch
-    return shares.view(batches, logits.shape[0], -1).sum((0, 2)).to(logits.dtype)
+    batches, heads, dtype = 1 if call.varlen else call.batch, logits.shape[0], logits.dtype
+    return make(lambda x: x.view(batches, heads, -1).sum((0, 2)).to(dtype), shares)
 
 
 def _dq_launch(
@@ -200,30 +177,22 @@ def _dkdv_launch(
 
 
 def _bias_gradient(
-    call: Call,
-    plan: Plan,
-    config: KernelConfig,
-    saved: backward_kernels.Saved,
-    more: tuple[Tensor, ...],
+    call: Call, plan: Plan, config: KernelConfig, saved: backward_kernels.Saved
 ) -> Tensor:
     """dbias, fp32 sums over what the bias is broadcast in, in the bias's dtype."""
     bias = call.operands.bias
     assert bias is not None
     batches, heads, rows, columns = bias.shape
-    grad = torch.zeros(bias.shape, dtype=torch.float32, device=bias.device)
+    grad = _zeros(bias.shape, bias, torch.float32)
     walk = -(-call.seqlen_q // config.block_q) if rows == 1 else 1
     grid = -(-columns // config.block_k) * -(-rows // config.block_q) * heads * batches
-
-    def build() -> Launch:
-        a = operands.arguments(call)
-        shape = bias_kernels.BiasShape(*map(operands.opaque, (*bias.shape, walk)))
-        return Launch(
-            bias_kernels.attention_backward_dbias, grid,
-            (a.q, a.k, a.v, grad, shape, saved, a.q_seq, a.k_seq,
-             operands.variant(call, plan.nvidia), a.scale, a.heads,
-             operands.tile(call, config, _precision())),
-            config.num_warps, config.num_stages,
-        )  # fmt: skip
-
-    launch("dbias", call, (*more, grad), build)
-    return grad.to(bias.dtype)
+    a = operands.arguments(call)
+    shape = bias_kernels.BiasShape(*map(operands.opaque, (*bias.shape, walk)))
+    run(Launch(
+        bias_kernels.attention_backward_dbias, grid,
+        (a.q, a.k, a.v, grad, shape, saved, a.q_seq, a.k_seq,
+         operands.variant(call, plan.nvidia), a.scale, a.heads,
+         operands.tile(call, config, _precision())),
+        config.num_warps, config.num_stages,
+    ))  # fmt: skip
+    return make(partial(Tensor.to, dtype=bias.dtype), grad)

@@ -53,11 +53,17 @@ def context(name: str) -> AbstractContextManager[None]:
 def only(backend: str) -> Iterator[None]:
     """Let every plan choose `backend`. A problem that it cannot do raises CannotError."""
     before = ops.plan
-    ops.plan = partial(_only, backend)  # type: ignore[assignment]
+    ops.plan = _planner(backend)  # type: ignore[assignment]
     try:
         yield
     finally:
         ops.plan = before
+
+
+@lru_cache
+def _planner(backend: str) -> Callable[[AttentionProblem, Device], Plan]:
+    """One for each backend: calls are replayed by the planner that they were planned with."""
+    return partial(_only, backend)
 
 
 @lru_cache(maxsize=4096)
