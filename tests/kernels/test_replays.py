@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton import knobs
+from triton.backends.nvidia import driver as nvidia
 
 import flashtile
 from flashtile import config, flash_attn_func, flash_attn_varlen_func, ops
@@ -262,14 +263,11 @@ def test_a_compiled_kernel_takes_addresses(monkeypatch: pytest.MonkeyPatch) -> N
     """Unless a profiler listens: then Triton's launcher is called, on the same stream."""
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda _: 5, raising=False)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    straight: list[Any] = []
-    heard: list[Any] = []
-
-    class Compiled(SimpleNamespace):
-        def __getitem__(self, grid: Any) -> Any:
-            return lambda *args, stream: heard.append((grid, stream, args))
-
-    compiled = Compiled(run=lambda *a: straight.append(a), function=1, packed_metadata=2)
+    launches: list[Any] = []
+    compiled = SimpleNamespace(
+        run=lambda *a: launches.append(a), function=1, packed_metadata=2,
+        launch_metadata=lambda *a: a,
+    )  # fmt: skip
     kernel = _Kernel(compiled)
 
     def compute(tensors: Any) -> tuple[Tensor]:
@@ -281,9 +279,42 @@ def test_a_compiled_kernel_takes_addresses(monkeypatch: pytest.MonkeyPatch) -> N
             x = torch.full((4,), number)
             (found,) = replays.run("test", (x,), compute)
             assert found.eq(-number).all()
-        arguments = ((x.data_ptr(), 4), None)
-        assert straight == [(3, 1, 1, 5, 1, 2, None, None, None, *arguments)]
-        monkeypatch.setattr(knobs.runtime.launch_enter_hook, "calls", [print])
+        head, arguments = (3, 1, 1, 5, 1, 2), ((x.data_ptr(), 4), None)
+        assert launches == [(*head, None, None, None, *arguments)]
+        enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
+        monkeypatch.setattr(enter, "calls", [print])
         replays.run("test", (x,), compute)
-    assert heard == [((3, 1, 1), 5, arguments)]
-    assert len(straight) == len(kernel.seen) == 1
+    assert launches[1:] == [(*head, ((3, 1, 1), 5), enter, leave, *arguments)]
+    assert len(kernel.seen) == 1
+
+
+@pytest.mark.parametrize("version", ["as known", "of another Triton"])
+def test_maps_of_tensors_are_kept_by_address(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where Triton's launcher is the closure that we know; else it gets its descriptors."""
+    known, encoded, launches = version == "as known", [], []  # type: ignore[var-annotated]
+
+    def encode(descriptor: Any, metadata: Any) -> list[Any]:
+        encoded.append(descriptor.base.data_ptr())
+        return [("map", descriptor.base.data_ptr(), metadata), *descriptor.block_shape]
+
+    def encode_later(descriptor: Any, metadata: Any, _: Any) -> list[Any]:
+        return encode(descriptor, metadata)
+
+    monkeypatch.setattr(nvidia, "make_tensordesc_arg", encode if known else encode_later)
+    signature = {0: "*fp32", 1: "tensordesc<fp32[2]>"}
+    taking = nvidia.wrap_handle_tensordesc(lambda *a: launches.append(a), signature, ["meta"])
+    run, arguments = launch._with_maps(
+        SimpleNamespace(launch=taking), (x := torch.zeros(4), _Descriptor(torch.ones(4), [2]))
+    )
+    assert arguments[0] is x
+    if not known:
+        assert run.launch is taking
+        assert isinstance(arguments[1], _Descriptor)
+        return
+    run.launch(7)
+    assert launches == [(7,)]
+    base, find = arguments[1].base, arguments[1].find
+    assert [find(base.data_ptr()), find(64), find(64)] == [
+        (("map", base.data_ptr(), "meta"), 2), *[(("map", 64, "meta"), 2)] * 2
+    ]  # fmt: skip
+    assert encoded == [base.data_ptr(), 64]

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Callable
+from copy import copy
+from functools import lru_cache, partial
+from types import FunctionType
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from triton import knobs
 
 from flashtile.backends.jitcache import launch_healing
-from flashtile.backends.replays import Tape, taping
+from flashtile.backends.replays import ByAddress, Tape, rebased, taping
+
+MAPS = 64
+"""TMA maps that are kept for each argument of a kernel: an allocator gives the same addresses again
+and again."""
 
 
 class Launch(NamedTuple):
@@ -39,17 +47,72 @@ def _tape_compiled(tape: Tape, launch: Launch, compiled: Any) -> None:
     """Go to the compiled kernel with addresses: binding and specialisation of arguments, and a
     look at each tensor in C, are most of the host time of a launch.
 
-    While a profiler has hooked itself into launches, Triton's own way is taken.
+    A profiler that has hooked itself into launches hears of them as of Triton's own.
     """
-    grid, runner = launch.grid, compiled[(launch.grid, 1, 1)]
+    run, expanded = _with_maps(compiled.run, launch.arguments)
+    hooks, grid = knobs.runtime, (launch.grid, 1, 1)
 
     def heard(*arguments: Any) -> None:
-        runner(*arguments[9:], stream=arguments[3])
+        metadata = compiled.launch_metadata(grid, arguments[3])
+        listeners = hooks.launch_enter_hook, hooks.launch_exit_hook
+        run(*arguments[:6], metadata, *listeners, *arguments[9:])
 
     c = tape.constant
-    before, after = c(knobs.runtime.launch_enter_hook), c(knobs.runtime.launch_exit_hook)
-    start = f"({c(heard)} if {before}.calls or {after}.calls else {c(compiled.run)})"
+    before, after = c(hooks.launch_enter_hook), c(hooks.launch_exit_hook)
+    start = f"({c(heard)} if {before}.calls or {after}.calls else {c(run)})"
     # The stream's handle as Triton's own launcher asks for it, 2 us sooner.
     stream = f"{c(torch._C._cuda_getCurrentRawStream)}({torch.cuda.current_device()})"
     kernel = f"{c(compiled.function)}, {c(compiled.packed_metadata)}, None, None, None"
-    tape.launched(f"{start}({c(grid)}, 1, 1, {stream}, {kernel}, ", launch.arguments, pointers=True)
+    tape.launched(f"{start}({c(launch.grid)}, 1, 1, {stream}, {kernel}, ", expanded, pointers=True)
+
+
+def _with_maps(run: Any, arguments: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...]]:
+    """A launcher that takes TMA maps where Triton's takes descriptors, and the arguments with maps
+    that are kept by address: Triton encodes all of them at every launch, which takes 5 us each.
+
+    Triton's launcher is a closure around one that takes maps; where it is not, nothing changes.
+    """
+    descriptors = [x for x in arguments if not isinstance(x, Tensor) and hasattr(x, "base")]
+    inner = getattr(run, "launch", None)
+    if not descriptors or not isinstance(inner, FunctionType):
+        return run, arguments
+    inside = {
+        name: cell.cell_contents
+        for name, cell in zip(inner.__code__.co_freevars, inner.__closure__ or (), strict=True)
+    }
+    launcher, metadata = inside.get("launcher"), inside.get("tensordesc_meta") or ()
+    if launcher is None or len(metadata) != len(descriptors) or None in metadata:
+        return run, arguments
+    quick, following = copy(run), iter(metadata)
+    quick.launch = launcher
+    expanded = tuple(
+        ByAddress(x.base, _maps(x, next(following))) if any(x is y for y in descriptors) else x
+        for x in arguments
+    )
+    try:  # Triton's function has other arguments from 3.8 on
+        for x in expanded:
+            if isinstance(x, ByAddress):
+                x.find(x.base.data_ptr())
+    except TypeError:
+        return run, arguments
+    return quick, expanded
+
+
+def _maps(descriptor: Any, metadata: Any) -> Callable[[int], tuple[Any, ...]]:
+    """From an address to what the kernel takes for a descriptor of the tensor there."""
+    from triton.backends.nvidia.driver import make_tensordesc_arg  # noqa: PLC0415, not on AMD
+
+    like = rebased(descriptor, None)
+
+    @lru_cache(maxsize=MAPS)
+    def encoded(address: int) -> tuple[Any, ...]:
+        return tuple(make_tensordesc_arg(rebased(like, _Address(address)), metadata))
+
+    return encoded
+
+
+class _Address(int):
+    """A tensor, as far as encoding a map of it goes."""
+
+    def data_ptr(self) -> int:
+        return int(self)

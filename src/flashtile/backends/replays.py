@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from types import CodeType
 from typing import Any
@@ -175,6 +176,8 @@ class Tape:
         """Source of a kernel's argument: a tensor, a tuple, a descriptor, or a constant."""
         if isinstance(x, Tensor):
             return self._address(x) if pointers else self._name(x)
+        if isinstance(x, ByAddress):
+            return f"*{self.constant(x.find)}({self._address(x.base)})"
         if isinstance(x, tuple) and any(map(_holds_tensor, x)):
             inside = "".join(f"{self._written(y, pointers)}, " for y in x)
             # A compiled kernel takes any tuple, the interpreter looks up fields.
@@ -183,6 +186,14 @@ class Tape:
         if not isinstance(x, tuple) and _holds_tensor(x):
             return f"{self.constant(partial(rebased, rebased(x, None)))}({self._name(x.base)})"
         return self.constant(x)
+
+
+@dataclass(frozen=True)
+class ByAddress:
+    """Arguments of a kernel that follow from a tensor's address."""
+
+    base: Tensor
+    find: Callable[[int], tuple[Any, ...]]
 
 
 @lru_cache(maxsize=256)
@@ -197,7 +208,7 @@ def _holds_tensor(x: Any) -> bool:
     return isinstance(x, Tensor) or isinstance(getattr(x, "base", None), Tensor)
 
 
-def rebased(descriptor: Any, base: Tensor | None) -> Any:
+def rebased(descriptor: Any, base: Any) -> Any:
     """A tensor descriptor (anything with a `base`) of another tensor of the same metadata. It is
     not validated again, which takes Triton's 5 us."""
     new = object.__new__(type(descriptor))
