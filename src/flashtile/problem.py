@@ -137,6 +137,9 @@ def mask_grid(call: Call) -> tuple[int, int, int, int]:
 ELEMENTWISE = frozenset({"alibi_slopes", "attn_mask", "bias", "document_ids", "softcap"})
 """Features that do something to each score."""
 
+COMPUTED = frozenset({"alibi_slopes", "softcap"})
+"""Those that compute it, without a matrix to read."""
+
 
 @dataclass(frozen=True)
 class AttentionProblem:
@@ -163,11 +166,17 @@ class AttentionProblem:
 
     @property
     def kind(self) -> str:
-        """What tiles depend on besides the head dims: "banded", "dropout" or ""."""
+        """What tiles depend on besides the head dims: "banded" where causality or a window is all
+        that happens to the scores, "scores" where softcap or ALiBi is, "dropout"; the latter two
+        are "masked" where tensors are read for masks or biases besides; else ""."""
+        elementwise = self.features & ELEMENTWISE
+        masked = "" if elementwise <= COMPUTED else "masked "
         if "dropout" in self.features:
-            return "dropout"
+            return masked + "dropout"
+        if elementwise:
+            return masked + "scores" if elementwise & COMPUTED else ""
         bounded = (self.window_left, self.window_right) != (UNBOUNDED, UNBOUNDED)
-        return "banded" if bounded and not self.features & ELEMENTWISE else ""
+        return "banded" if bounded else ""
 
     @property
     def group(self) -> int:

@@ -62,14 +62,16 @@ def shared_bytes(kernel: str, config: KernelConfig, dim: int, dim_v: int, elemen
     padded = padded_dims(dim, dim_v)
     both = element * sum(padded)
     m, n, stages = config.block_q, config.block_k, config.num_stages
+    # fp32 products read a block into registers before the next one overwrites it.
+    held = max(1, stages - 1) if element == 4 else stages
     if kernel == "forward":
         # With one stage K's place is free again when V is loaded.
         streamed = stages * n * both if stages > 1 else n * max(padded) * element
         return m * padded[0] * element + streamed
     if kernel == "dq":
-        return m * both + stages * n * both + m * n * element
+        return m * both + held * n * both + m * n * element
     if kernel == "dkdv":
-        return n * both + stages * m * (both + 8) + m * n * element
+        return n * both + m * (held * both + stages * 8) + m * n * element
     return (m + n) * both
 
 
@@ -91,8 +93,7 @@ def shortage(arch: str, dtype: str, head_dim: int, head_dim_v: int) -> str | Non
 def configs(arch: str, dtype: str, head_dim: int, head_dim_v: int, kind: str) -> KernelConfigs:
     """The launch of every kernel for a head dim, dtype and architecture.
 
-    kind: "banded" where causality or a window is all that happens to the scores, "dropout" where
-    there is dropout, else "".
+    kind: that of the problem (`AttentionProblem.kind`).
     """
     element = 4 if dtype == "float32" else 2
     limit = SHARED_LIMIT.get(arch, LEAST_SHARED)
@@ -196,11 +197,13 @@ _HALF_BY_ARCH = {
 }
 
 # fp32 products are fused multiply-adds here, which hold whole rows of their operands in registers:
-# small tiles and many warps spill least (forward d128 32 x 32: 0 bytes, 1,864 with four warps).
+# small tiles and many warps spill least (forward d128 32 x 32: 0 bytes, 1,864 with four warps), and
+# so do two stages, which keep operands in shared memory: bytes at d256 / d512, with one stage in
+# brackets, dq 0 (484) / 0 (5,496), dkdv 20 (720) / 0 (4,412). Forward d128 608 (8): not there.
 _FP32: _Table = {
     "forward": ((32, 32, 8, 1), (32, 32, 8, 1), (16, 32, 8, 1), (16, 16, 8, 1)),
-    "dq": ((32, 32, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
-    "dkdv": ((32, 32, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
+    "dq": ((32, 32, 8, 1), (16, 16, 8, 1), (16, 16, 8, 2), (16, 16, 8, 2)),
+    "dkdv": ((32, 32, 8, 1), (16, 16, 8, 1), (16, 16, 8, 2), (16, 16, 8, 2)),
     "dbias": ((32, 32, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
 }
 
@@ -209,11 +212,25 @@ _BETTER: dict[tuple[str, str, int, str], _Numbers] = {
     ("sm_90", "forward", 1, "banded"): (128, 128, 8, 3),
     # Causal at 2k / 16k: 474 / 560, 430 / 543 with 128 queries.
     ("sm_90", "dq", 0, "banded"): (64, 64, 4, 2),
-    # Causal at 16k, dropout 0.1, ms: forward d64 3.95 (4.64); dq d64 4.52 (4.79); dkdv d64 7.59
-    # (8.14), d128 5.76 (7.28). The random words need registers.
-    ("sm_90", "forward", 0, "dropout"): (64, 64, 4, 3),
-    ("sm_90", "dq", 0, "dropout"): (64, 32, 4, 3),
+    # Softcap / ALiBi, causal at 16k, ms: forward d64 3.35 / 2.86 (3.66 / 3.13), d128 2.61 / 2.36
+    # (2.68 / 2.59); dq d64 3.74 / 2.99 (4.11 / 5.59); dkdv d64 4.74 / 4.46 (4.79 / 4.62).
+    ("sm_90", "forward", 0, "scores"): (64, 64, 4, 3),
+    ("sm_90", "forward", 1, "scores"): (64, 64, 4, 3),
+    ("sm_90", "dq", 0, "scores"): (64, 64, 4, 3),
+    ("sm_90", "dkdv", 0, "scores"): (64, 64, 4, 2),
+    # Three loops with documents, softcap and ALiBi: 372 bytes of spills, 596 with three stages.
+    ("sm_90", "dkdv", 1, "masked scores"): (64, 128, 8, 2),
+    # Causal at 16k, dropout 0.1, ms: forward d64 3.69 (3.92 with 64 x 64), d128 2.81 (3.08); dq d64
+    # 4.27 (4.49); dkdv d64 7.59 (8.14), d128 5.75 (7.24). The random words need registers. Tiles of
+    # 128 x 128 leave no shared memory to read a mask through.
+    ("sm_90", "forward", 0, "dropout"): (128, 128, 8, 3),
+    ("sm_90", "forward", 1, "dropout"): (128, 128, 8, 3),
+    ("sm_90", "dq", 0, "dropout"): (64, 64, 4, 3),
     ("sm_90", "dkdv", 0, "dropout"): (32, 64, 4, 3),
     ("sm_90", "dkdv", 1, "dropout"): (32, 64, 4, 3),
+    ("sm_90", "forward", 0, "masked dropout"): (64, 64, 4, 3),
+    ("sm_90", "dq", 0, "masked dropout"): (64, 32, 4, 3),
+    ("sm_90", "dkdv", 0, "masked dropout"): (32, 64, 4, 3),
+    ("sm_90", "dkdv", 1, "masked dropout"): (32, 64, 4, 3),
 }
 """Tiles that are better for a kind of call, by column of _DIMS; 16-bit dtypes only."""

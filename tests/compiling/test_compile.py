@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 
 from flashtile.cli import compile as compiling
 from flashtile.cli.app import app
-from flashtile.compiling.cases import VARIANTS, Case, build, every_case
-from flashtile.compiling.pool import Job
+from flashtile.compiling.cases import VARIANTS, Case, build, device_cases, every_case
+from flashtile.compiling.pool import Job, machine_of
 from flashtile.compiling.record import Record
 from flashtile.plan import Device, plan
 from flashtile.problem import describe
@@ -90,6 +90,7 @@ def test_a_call_compiles_for_gpus_that_are_not_here(tmp_path: Path) -> None:
         "gfx942": ("attention_forward", "MFMA"),
     }
     for record in found:
+        assert record["also"] == []
         assert set(record) == {field.name for field in fields(Record)} | {"faults"}
         assert record["case"] == "paged bfloat16 128"
         assert 32 < record["registers"] <= 512
@@ -105,7 +106,7 @@ def test_faults_exit_with_1_and_are_in_the_table(monkeypatch: pytest.MonkeyPatch
         registers=255, spill_bytes=716, shared_bytes=65_536, matrix="HMMA",
     )  # fmt: skip
     found: list[Record] = []
-    monkeypatch.setattr(compiling, "wanted_jobs", lambda archs, match: [])
+    monkeypatch.setattr(compiling, "wanted_jobs", lambda archs, match, for_device: [])
     monkeypatch.setattr(compiling, "compile_jobs", lambda jobs, folder, workers: iter(found))
 
     assert CliRunner().invoke(app, ["compile"]).exit_code == 0
@@ -130,7 +131,7 @@ def test_for_the_device_that_is_here(monkeypatch: pytest.MonkeyPatch, tmp_path: 
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(compiling, "device_arch", lambda: "sm_90")
-    monkeypatch.setattr(compiling, "wanted_jobs", lambda archs, match: [])
+    monkeypatch.setattr(compiling, "wanted_jobs", lambda archs, match, for_device: [])
     monkeypatch.setattr(compiling, "compile_jobs", compile_jobs)
     done = CliRunner().invoke(app, ["compile", "--for-device"])
 
@@ -175,8 +176,108 @@ def test_the_cases_cover_every_tile(arch: str, dtype: str) -> None:
     cases = [c for c in every_case() if (c.dtype == "float32") == (dtype == "float32")]
     covered = set().union(*(_tiles(case, arch) for case in cases))
     for dim in range(8, 513, 8):
-        for variant in ("full", "causal", "bias", "dropout"):
+        for variant in ("full", "causal", "scores", "bias", "dropout", "masked dropout"):
             assert _tiles(Case(variant, dtype, dim, dim), arch) <= covered, (dim, variant)
+
+
+COVERAGE = """
+import json, sys
+from flashtile.cli.compile import ARCHITECTURES
+from flashtile.compiling.cases import every_case
+from flashtile.compiling.launches import launches
+from flashtile.compiling.pool import Job, jobs, tile_of
+
+wanted = jobs(ARCHITECTURES, every_case())
+compiled = {tile_of(j, launches(j.case, j.arch)[j.place]) for j in wanted}
+missing = []
+for arch in ARCHITECTURES:
+    for case in every_case():
+        for place, launch in enumerate(launches(case, arch)):
+            job = Job(arch, case, place, launch.kernel.__name__)
+            if tile_of(job, launch) not in compiled:
+                missing.append(str(job))
+kernels = {}
+for j in wanted:
+    kernels.setdefault(j.arch, []).append(str(j.case))
+print(json.dumps({"missing": missing, "kernels": kernels, "count": len(wanted)}))
+"""
+
+
+def test_every_tile_is_compiled_for_every_kind_of_machine(tmp_path: Path) -> None:
+    """What is left out has the tile of another kernel that is compiled for the same machines."""
+    program = tmp_path / "program.py"
+    program.write_text(COVERAGE)
+    done = _run(tmp_path, str(program))
+    found = json.loads(done.stdout)
+
+    assert found["missing"] == []
+    features = {case.variant for case in every_case() if not case.new_tiles}
+    for arch in ("sm_80", "sm_90", "sm_100", "gfx942"):
+        assert {name.partition(" ")[0] for name in found["kernels"][arch]} >= features
+    assert found["count"] < 300  # 1.7 CPU seconds each, and CI has 15 minutes for all it does
+
+
+SPECIALISATION = """
+import torch
+from triton.runtime.driver import driver
+from flashtile.compiling import cases
+from flashtile.compiling.launches import launches
+from flashtile.compiling.offline import OfflineDriver
+
+driver.set_active(OfflineDriver("sm_90"))
+sizes = ("BATCH", "TOKENS", "HEADS", "KV_HEADS")
+
+def keys(variant, numbers):
+    for name, number in zip(sizes, numbers):
+        setattr(cases, name, number)
+    found = []
+    for launch in launches(cases.Case(variant, "bfloat16", 64, 64, tokens=numbers[1]), "sm_90"):
+        bind = launch.kernel.device_caches["sm_90"][4]
+        _, key, _ = bind(*launch.arguments, num_warps=launch.num_warps)
+        found.append((launch.kernel.__name__, str(key)))
+    return found
+
+for variant in ("full", "causal", "scores", "dropout", "documents", "varlen"):
+    offline = keys(variant, (2, 1024, 8, 2))
+    on_meta, cases._meta = cases._meta, lambda *n, dtype=torch.float32: torch.zeros(n, dtype=dtype)
+    for numbers in ((3, 515, 4, 4), (1, 64, 6, 2), (5, 7, 3, 1), (1, 1, 1, 1)):
+        if keys(variant, numbers) != offline:
+            print(variant, numbers)
+    cases._meta = on_meta
+"""
+
+
+def test_kernels_are_compiled_for_what_calls_specialise_on(tmp_path: Path) -> None:
+    """Tensors with memory, of other sizes, give the keys that tensors without give: what
+    --for-device compiles is what calls look for."""
+    program = tmp_path / "program.py"
+    program.write_text(SPECIALISATION)
+    done = _run(tmp_path, str(program))
+
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arch", "dtype", "kernel", "machine"),
+    [
+        ("sm_80", "bfloat16", "attention_forward", "sm_8x"),
+        ("sm_86", "float16", "attention_forward", "sm_8x"),
+        ("sm_90", "bfloat16", "attention_forward", "sm_90"),
+        ("sm_90", "float32", "attention_forward", "sm"),
+        ("sm_86", "bfloat16", "prepare_backward", "sm_8x"),
+        ("sm_100", "bfloat16", "prepare_backward", "sm_100"),
+        ("gfx942", "float32", "prepare_backward", "gfx942"),
+    ],
+)
+def test_what_shares_its_code(arch: str, dtype: str, kernel: str, machine: str) -> None:
+    assert machine_of(Job(arch, Case("causal", dtype, 64, 64), 0, kernel)) == machine
+
+
+def test_a_device_gets_what_calls_ask_for_most() -> None:
+    common = {(case.variant, case.dtype, case.head_dim) for case in device_cases()}
+
+    assert set(every_case()) <= set(device_cases())
+    assert ("full", "float16", 96) in common and ("causal", "float16", 64) in common
 
 
 def _tiles(case: Case, arch: str) -> set[tuple[str, KernelConfig]]:

@@ -124,7 +124,7 @@ def compile_kernels(
     if for_device and arch:
         raise typer.BadParameter("--for-device chooses the architecture", param_hint="--arch")
     archs = [compiling.device_arch()] if for_device else arch or list(compiling.ARCHITECTURES)
-    wanted = compiling.wanted_jobs(archs, match)
+    wanted = compiling.wanted_jobs(archs, match, for_device)
     records = compiling.compile_all(wanted, workers, keep=for_device)
     if json:
         typer.echo(compiling.as_json(records))

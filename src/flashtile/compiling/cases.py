@@ -14,6 +14,9 @@ from flashtile.problem import Call
 BATCH, TOKENS, HEADS, KV_HEADS, PAGE = 2, 1024, 8, 2, 256
 """Sizes of the calls. Kernels are compiled for types and for divisibility by 16, not for sizes."""
 
+LONG = 8192
+"""From here on a causal call of head_dim 64 has another tile on Hopper."""
+
 
 class Case(NamedTuple):
     """One call, by what its kernels are compiled for."""
@@ -22,8 +25,9 @@ class Case(NamedTuple):
     dtype: str  # bfloat16, ...
     head_dim: int
     head_dim_v: int
-    kernel: str = ""  # the one kernel that differs from another case's; empty: all it launches
+    kernels: tuple[str, ...] = ()  # those that differ from another case's; empty: all it launches
     new_tiles: bool = False  # only those of its kernels whose tile no case before it has
+    tokens: int = TOKENS  # the Hopper kernel's tiles depend on it
 
     def __str__(self) -> str:
         dims = {self.head_dim: None, self.head_dim_v: None}
@@ -40,8 +44,9 @@ def _scores() -> dict[str, Any]:
 
 
 def _documents() -> dict[str, Any]:
+    """Lists of blocks, and mods of the scores in them."""
     ids = _meta(BATCH, TOKENS, dtype=torch.int32)
-    return {"causal": True, "document_ids": ids}
+    return {"causal": True, "document_ids": ids, "softcap": 30.0, "alibi_slopes": _meta(HEADS)}
 
 
 def _bias() -> dict[str, Any]:
@@ -49,12 +54,18 @@ def _bias() -> dict[str, Any]:
             "learnable_sink": _meta(HEADS)}  # fmt: skip
 
 
+def _masked_dropout() -> dict[str, Any]:
+    return {"dropout_p": 0.1, "bias": _meta(1, 1, TOKENS, TOKENS, dtype=torch.bfloat16)}
+
+
 def _varlen() -> dict[str, Any]:
+    """Packed sequences, and dropout."""
     cu_seqlens = _meta(BATCH + 1, dtype=torch.int32)
     used = _meta(BATCH, dtype=torch.int32)
     return {
         "causal": True, "cu_seqlens_q": cu_seqlens, "cu_seqlens_k": cu_seqlens, "seqused_q": used,
         "seqused_k": used, "max_seqlen_q": TOKENS, "max_seqlen_k": TOKENS,
+        "dropout_p": 0.1,
     }  # fmt: skip
 
 
@@ -68,6 +79,7 @@ VARIANTS: dict[str, Callable[[], dict[str, Any]]] = {
     "causal": lambda: {"causal": True},
     "scores": _scores,
     "dropout": lambda: {"causal": True, "dropout_p": 0.1},
+    "masked dropout": _masked_dropout,
     "documents": _documents,
     "bias": _bias,
     "varlen": _varlen,
@@ -80,30 +92,50 @@ DIMS = ((64, 64), (128, 128), (256, 256), (512, 512))
 SMALL_DIMS = ((16, 16), (32, 32))
 """Head dims whose tiles an architecture of little shared memory need not shrink."""
 
-ODD_DIMS = ((80, 80), (192, 128), (64, 512))
-"""A padded head dim, and those whose values are narrower or wider than the keys."""
+MIXED_DIMS = (192, 128)
+"""A padded head dim, and values narrower than the keys."""
+
+FEATURES = ("documents", "bias", "varlen")
+"""Variants that change forward and backward and have all features but the cache's between them:
+each alone took 220 of 480 CPU seconds."""
+
+COMMON_DIMS = ((64, 64), (96, 96), (128, 128), (256, 256))
+"""Head dims that a cache is warmed for in both 16-bit dtypes."""
 
 
 def every_case() -> list[Case]:
     """Every tile that a plan can choose, and every feature at head_dim 128."""
-    causal = [Case("causal", "bfloat16", *dims) for dims in (*DIMS, *ODD_DIMS)]
-    causal += [Case("causal", "float32", *dims) for dims in DIMS]
-    features = ("scores", "dropout", "documents", "bias", "varlen")
-    cases = causal + [Case(name, "bfloat16", 128, 128) for name in features]
+    plain = [dims for dims in DIMS if dims != (128, 128)]
+    cases = [Case("causal", "bfloat16", *dims) for dims in (*plain, MIXED_DIMS)]
+    cases += [Case("causal", "float32", *dims) for dims in DIMS]
+    cases += [Case(name, "bfloat16", 128, 128) for name in FEATURES]
     # Backward gathers pages first; without masks, and in fp16, the mainloops are causal bf16's.
-    cases += [Case(name, "bfloat16", 128, 128, "attention_forward") for name in ("full", "paged")]
-    cases.append(Case("causal", "float16", 128, 128, "attention_forward"))
+    forward = ("attention_forward",)
+    cases.append(Case("paged", "bfloat16", 128, 128, forward))
+    cases.append(Case("full", "float16", 128, 128, forward))
+    cases.append(Case("causal", "bfloat16", 64, 64, forward, tokens=LONG))
     # A bias launches every kernel, with the tiles that causality alone does not choose.
-    cases += [Case(name, dtype, *dims, new_tiles=True) for name in ("bias", "dropout", "causal")
-              for dtype in ("bfloat16", "float32") for dims in (*SMALL_DIMS, *DIMS)]  # fmt: skip
+    kinds = ("bias", "scores", "dropout", "masked dropout", "causal")
+    cases += [
+        Case(name, dtype, *dims, new_tiles=True) for name in kinds
+        for dtype in ("bfloat16", "float32") for dims in (*DIMS, *SMALL_DIMS)
+    ]  # fmt: skip
     return cases
+
+
+def device_cases() -> list[Case]:
+    """What `every_case` has, and what calls on a GPU ask for most."""
+    return every_case() + [
+        Case(name, dtype, *dims) for dtype in ("bfloat16", "float16") for dims in COMMON_DIMS
+        for name in ("causal", "full")
+    ]  # fmt: skip
 
 
 def build(case: Case) -> Call:
     """The call, on tensors that have shapes and no memory."""
     dtype = getattr(torch, case.dtype)
     keywords = VARIANTS[case.variant]()
-    tokens_q: tuple[int, ...] = (BATCH, TOKENS)
+    tokens_q: tuple[int, ...] = (BATCH, case.tokens)
     tokens_k: tuple[int, ...] = tokens_q
     if "cu_seqlens_q" in keywords:
         tokens_q = tokens_k = (BATCH * TOKENS,)

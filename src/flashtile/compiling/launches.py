@@ -24,17 +24,20 @@ from flashtile.problem import describe
 
 def launches(case: Case, arch: str) -> list[Launch]:
     """Every launch of a call and of its backward on a GPU of that architecture, in order; none
-    where the plan leaves the call to PyTorch's operators."""
+    where the plan leaves the call to PyTorch's operators. The portable forward is among them where
+    the plan has a better one: with one feature more a call of the same tile gets it."""
     call = build(case)
     chosen = plan(replace(describe(call), device="cuda"), Device("cuda", arch, True))
     if chosen.kernels is None:
         return []
-    backend = importlib.import_module(f"flashtile.backends.{chosen.backend}")
+    names = dict.fromkeys(("triton", chosen.backend))
+    portable, *better = [importlib.import_module(f"flashtile.backends.{name}") for name in names]
     with _recorded() as found:
         if call.operands.document_ids_q is not None or call.operands.attn_mask is not None:
             codes = blocklists.classify(call)
             call = call._replace(operands=call.operands._replace(mask_blocks=codes))
-        out, lse = backend.forward(call, chosen)
+        for backend in (portable, *better):
+            out, lse = backend.forward(call, chosen)
         backend.backward(call, chosen, torch.empty_like(out), None, out, lse, (True,) * 5)
     return found
 
@@ -53,31 +56,39 @@ def _recorded() -> Iterator[list[Launch]]:
         yield found
 
 
-def tile_of(launch: Launch) -> Tile | None:
-    """The tile that a kernel is compiled for; lists of blocks have none."""
-    return next((x for x in launch.arguments if isinstance(x, Tile)), None)
+def tile_of(launch: Launch) -> Any:
+    """The tile that a kernel is compiled for, of whichever backend; lists of blocks have none."""
+    return next((x for x in launch.arguments if hasattr(x, "block_m")), None)
+
+
+def _name(kernel: Any) -> str:
+    return f"{kernel.__module__}.{kernel.__name__}"
 
 
 def tiling(launch: Launch) -> tuple[Any, ...]:
     """How the plan tiles a kernel. Head dims under 64 need less of everything than 64 does."""
     kernel, _, _, *options = launch
     tile = tile_of(launch)
-    numbers = tile and (tile.block_m, tile.block_n, max(64, tile.padded, tile.padded_v))
-    return kernel.__name__, numbers, *options
+    if isinstance(tile, Tile):
+        tile = tile.block_m, tile.block_n, max(64, tile.padded, tile.padded_v)
+    return _name(kernel), tile, *options
 
 
 def signature(launch: Launch) -> str:
     """What Triton compiles a launch for: equal for launches that share a kernel."""
     kernel, _, arguments, *options = launch
-    return repr((kernel.__name__, _traits(arguments), options))
+    return repr((_name(kernel), _traits(arguments), options))
 
 
 def _traits(x: Any) -> Any:
-    """A tensor's dtype, an integer's width and divisibility, a function's identity."""
+    """A tensor's dtype, a tensor map's block, an integer's width and divisibility, a function's
+    identity."""
     if isinstance(x, tuple):
         return type(x).__name__, tuple(map(_traits, x))
     if isinstance(x, Tensor):
         return x.dtype
+    if hasattr(x, "block_shape"):  # a tensor map
+        return x.base.dtype, x.block_shape, x.layout
     if isinstance(x, float):
         return float
     if isinstance(x, int) and not isinstance(x, bool):

@@ -69,7 +69,7 @@ def compile_launch(launch: Launch, arch: str) -> tuple[Any, str]:
 def record(launch: Launch, arch: str, case: str, dtype: str) -> Record:
     """Compile a launch and describe the result, or the reason for there being none."""
     tile = tile_of(launch)
-    edges = (tile.block_m, tile.block_n) if tile else (0, 0)
+    edges: tuple[int, int] = (tile.block_m, tile.block_n) if tile else (0, 0)
     start = time.perf_counter()
     settings: dict[str, Any] = {}
     try:

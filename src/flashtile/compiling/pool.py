@@ -7,10 +7,14 @@ import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from typing import NamedTuple
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from flashtile.compiling.cases import Case
 from flashtile.compiling.record import Record
+
+if TYPE_CHECKING:
+    from flashtile.backends.launch import Launch
 
 
 class Job(NamedTuple):
@@ -20,38 +24,58 @@ class Job(NamedTuple):
     case: Case
     place: int  # in `launches(case, arch)`
     kernel: str
+    also: tuple[str, ...] = ()  # architectures that get the same code
 
     def __str__(self) -> str:
         return f"{self.case} {self.kernel}"
 
 
 def jobs(archs: Sequence[str], cases: Sequence[Case]) -> list[Job]:
-    """Every kernel of the cases once for each architecture, those that take longest first."""
+    """Every kernel of the cases once for each kind of machine, those that take longest first.
+
+    Of what two architectures share the first is compiled; the second adds the tiles that it has
+    for itself, with the first of the cases that has them.
+    """
     from triton import knobs  # noqa: PLC0415, triton is optional
 
-    from flashtile.compiling.launches import launches, signature, tiling  # noqa: PLC0415
+    from flashtile.compiling.launches import launches, signature  # noqa: PLC0415
 
     if knobs.runtime.interpret:
         raise RuntimeError("TRITON_INTERPRET is set: the interpreter compiles nothing")
     found: dict[tuple[str, str], Job] = {}
+    owners: dict[str, str] = {}
     tiles = set()
     for arch in archs:
         for case in cases:
             for place, launch in enumerate(launches(case, arch)):
-                tile = arch, case.dtype, *tiling(launch)
                 job = Job(arch, case, place, launch.kernel.__name__)
-                seen = case.new_tiles and tile in tiles
-                if not seen and case.kernel in ("", job.kernel):
-                    found.setdefault((_machine(job), signature(launch)), job)
+                if case.kernels and job.kernel not in case.kernels:
+                    continue
+                machine, tile = machine_of(job), tile_of(job, launch)
+                owner, key = owners.setdefault(machine, arch), (machine, signature(launch))
+                same = found.get(key)
+                if same is not None and arch not in (same.arch, *same.also):
+                    found[key] = same._replace(also=(*same.also, arch))
+                elif same is None and (tile not in tiles or (arch == owner and not case.new_tiles)):
+                    found[key] = job
                 tiles.add(tile)
     return sorted(found.values(), key=_weight, reverse=True)
 
 
-def _machine(job: Job) -> str:
-    """fp32 products are FMAs, which NVIDIA's architectures share: the first of those asked for
-    stands for all that have the same tile. They take a third of an architecture's time."""
-    fma = job.case.dtype == "float32" and job.arch.startswith("sm_")
-    return "sm" if fma else job.arch
+def tile_of(job: Job, launch: Launch) -> tuple[Any, ...]:
+    """What a kernel's tile is a choice for: both 16-bit dtypes have the same."""
+    from flashtile.compiling.launches import tiling  # noqa: PLC0415
+
+    return machine_of(job), job.case.dtype == "float32", *tiling(launch)
+
+
+def machine_of(job: Job) -> str:
+    """A name for all architectures that a kernel's code is the same on: sm_80, sm_86 and sm_89 have
+    one set of instructions, and fp32 products are FMAs on all of NVIDIA's. What does not multiply
+    is not shared: prepare at head_dim 512 has 90 registers on sm_90, 255 and spills on sm_100."""
+    if job.arch.startswith("sm_") and job.case.dtype == "float32":
+        return "sm"
+    return "sm_8x" if job.arch.startswith("sm_8") else job.arch
 
 
 def _weight(job: Job) -> tuple[bool, bool, int]:
@@ -104,7 +128,7 @@ def compile_job(job: Job) -> Record:
     from flashtile.compiling.offline import record  # noqa: PLC0415
 
     launch = launches(job.case, job.arch)[job.place]
-    return record(launch, job.arch, str(job.case), job.case.dtype)
+    return replace(record(launch, job.arch, str(job.case), job.case.dtype), also=job.also)
 
 
 def _compile_alone(job: Job, cache: str | None) -> Record:
@@ -115,5 +139,5 @@ def _compile_alone(job: Job, cache: str | None) -> Record:
         except BrokenProcessPool:
             return Record(
                 job.arch, job.kernel, str(job.case), job.case.dtype, 0, 0, 0, 0,
-                error="the compiler crashed",
+                also=job.also, error="the compiler crashed",
             )  # fmt: skip
