@@ -19,6 +19,8 @@ FILES = sorted(SOURCE.rglob("*.py"))
 
 LAYERS = (
     ("config", "problem", "random", "rotary", "tiles"),
+    ("hopper_tiles",),
+    ("hopper_backward_tiles",),
     ("checks", "kernels", "mods", "plan", "reference"),
     ("backends",),
     ("values",),

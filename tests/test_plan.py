@@ -62,7 +62,7 @@ def test_blocks_stay_within_their_bound() -> None:
         (CPU, "triton", "needs a GPU that Triton compiles for, this device is cpu"),
         (Device("cuda", "sm_80", True), "hopper", "(sm_90), this device is sm_80"),
         (Device("cuda", "sm_90", False), "triton", "needs triton, which is not installed"),
-        (Device("cuda", "sm_90", True), "hopper", "not part of this version"),
+        (Device("cuda", "sm_90", False), "hopper", "needs triton, which is not installed"),
         (Device("cuda", "sm_75", True), "triton", "needs bfloat16 matrix instructions (sm_80)"),
         (Device("mps"), "triton", "this device is mps"),
     ],
@@ -72,8 +72,23 @@ def test_reasons(device: Device, name: str, reason: str) -> None:
     assert reason in dict(plan(LLAMA, device).passed_over)[name]
 
 
-def test_triton_does_what_its_accumulators_hold() -> None:
+def test_the_best_of_those_that_may_be_chosen() -> None:
     gpu = Device("cuda", "sm_90", True)
+    llama = replace(LLAMA, dtype="bfloat16")
+    found = plan(llama, gpu)
+    assert (found.backend, found.passed_over) == ("hopper", ())
+    assert found.hopper is not None
+    assert found.kernels is not None  # of the backward
+    assert plan(llama, gpu, ("triton", "torch")).backend == "triton"
+    wide = replace(llama, head_dim=320, head_dim_v=320)
+    assert plan(wide, gpu).backend == "triton"
+    assert "320" in dict(plan(wide, gpu).passed_over)["hopper"]
+    with pytest.raises(LookupError, match=r"hopper .*320"):
+        plan(wide, gpu, ("hopper",))
+
+
+def test_triton_does_what_its_accumulators_hold() -> None:
+    gpu = Device("cuda", "sm_80", True)
     assert plan(LLAMA, gpu).backend == "triton"
     assert plan(LLAMA, gpu).kernels is not None
     for change, reason in (({"head_dim_v": 520}, "up to 512"), ({"dtype": "float64"}, "float64")):
@@ -95,7 +110,7 @@ def test_tiles_fit_shared_memory_or_the_plan_says_why(
         assert max(dims) == 512 or arch == "gfx942"
         assert "bytes of shared memory" in dict(chosen.passed_over)["triton"]
         return
-    for kind in ("", "banded", "dropout"):
+    for kind in ("", "banded", "scores", "masked scores", "dropout", "masked dropout"):
         tiles = configs(arch, dtype, *dims, kind)
         for kernel in KERNELS:
             config = getattr(tiles, kernel)

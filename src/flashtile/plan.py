@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
+from flashtile.hopper_tiles import HopperTile, cannot, forward_tile
 from flashtile.problem import UNBOUNDED, AttentionProblem
 from flashtile.tiles import KernelConfigs, configs, shortage
 
@@ -76,6 +77,7 @@ class Plan:
     passed_over: tuple[tuple[str, str], ...] = ()  # better backends and why not
     kernels: KernelConfigs | None = None  # launches of the Triton backend
     nvidia: bool = False  # kernels may use PTX
+    hopper: HopperTile | None = None  # forward of the Hopper backend; its backward is Triton's
 
 
 def backends(device: Device) -> list[tuple[str, str | None]]:
@@ -86,9 +88,10 @@ def backends(device: Device) -> list[tuple[str, str | None]]:
 def _why_not(name: str, device: Device) -> str | None:
     here, reason = device.arch or device.type, None
     if name == "hopper":
-        reason = "its kernels are not part of this version of flashtile"
         if device.arch != "sm_90":
             reason = f"needs an NVIDIA Hopper GPU (sm_90), this device is {here}"
+        elif not device.has_triton:
+            reason = "needs triton, which is not installed"
     elif name == "triton":
         if device.type != "cuda":
             reason = f"needs a GPU that Triton compiles for, this device is {here}"
@@ -101,6 +104,8 @@ def _why_not(name: str, device: Device) -> str | None:
 
 def _cannot(name: str, problem: AttentionProblem, device: Device) -> str | None:
     """Why a backend that runs on the device cannot do this problem."""
+    if name == "hopper":
+        return cannot(problem)
     if name != "triton":
         return None
     if problem.dtype == "float64":
@@ -112,18 +117,26 @@ def _cannot(name: str, problem: AttentionProblem, device: Device) -> str | None:
 
 
 @lru_cache(maxsize=4096)
-def plan(problem: AttentionProblem, device: Device) -> Plan:
-    """Choose the backend and its tile."""
-    reasons = [(n, _why_not(n, device) or _cannot(n, problem, device)) for n in BACKENDS]
-    chosen = next(name for name, reason in reasons if reason is None)
-    passed = tuple((n, r) for n, r in reasons[: BACKENDS.index(chosen)] if r is not None)
+def plan(problem: AttentionProblem, device: Device, among: tuple[str, ...] = BACKENDS) -> Plan:
+    """Choose the backend, the first of `among` that can do the problem, and its tile.
+
+    Raises LookupError where none of them can.
+    """
+    reasons = [(n, _why_not(n, device) or _cannot(n, problem, device)) for n in among]
+    chosen = next((name for name, reason in reasons if reason is None), None)
+    if chosen is None:
+        raise LookupError("; ".join(f"{name} {reason}" for name, reason in reasons))
+    passed = tuple((n, r) for n, r in reasons[: among.index(chosen)] if r is not None)
     pairs = visible_pairs(problem) * problem.batch * problem.heads
     d, dv = problem.head_dim, problem.head_dim_v
     read, written = _traffic(problem)
-    kernels, tile = None, torch_tile(problem)
-    if chosen == "triton":
+    kernels, hopper, tile = None, None, torch_tile(problem)
+    if chosen in ("hopper", "triton"):
         kernels = configs(device.arch, problem.dtype, d, dv, problem.kind)
         tile = TileConfig(kernels.forward.block_q, kernels.forward.block_k)
+    if chosen == "hopper":
+        hopper = forward_tile(problem)
+        tile = TileConfig(hopper.block_m, hopper.block_n)
     return Plan(
         backend=chosen,
         tile=tile,
@@ -134,6 +147,7 @@ def plan(problem: AttentionProblem, device: Device) -> Plan:
         passed_over=passed,
         kernels=kernels,
         nvidia=device.arch.startswith("sm_"),
+        hopper=hopper,
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import lru_cache, partial
+from functools import lru_cache
 from importlib import import_module
 from importlib.util import find_spec
 
@@ -14,10 +14,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from flashtile import flash_attn_func, flash_attn_varlen_func, ops
-from flashtile import plan as planning
 from flashtile.bench import flex
 from flashtile.bench.features import Cell, Work
-from flashtile.plan import Device, Plan
+from flashtile.plan import Device, Plan, plan
 from flashtile.problem import AttentionProblem
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -63,18 +62,14 @@ def only(backend: str) -> Iterator[None]:
 @lru_cache
 def _planner(backend: str) -> Callable[[AttentionProblem, Device], Plan]:
     """One for each backend: calls are replayed by the planner that they were planned with."""
-    return partial(_only, backend)
 
+    def planned(problem: AttentionProblem, device: Device) -> Plan:
+        try:
+            return plan(problem, device, (backend,))
+        except LookupError as wrong:
+            raise CannotError(str(wrong)) from None
 
-@lru_cache(maxsize=4096)
-def _only(backend: str, problem: AttentionProblem, device: Device) -> Plan:
-    before, planning.BACKENDS = planning.BACKENDS, (backend,)  # type: ignore[assignment]
-    try:
-        return planning.plan.__wrapped__(problem, device)
-    except StopIteration:
-        raise CannotError(f"{backend} cannot do it") from None
-    finally:
-        planning.BACKENDS = before
+    return planned
 
 
 def _flashtile(work: Work) -> Attend:

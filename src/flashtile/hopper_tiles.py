@@ -1,0 +1,162 @@
+"""Tiles of the Hopper forward kernel: pure functions of metadata, each choice with its figure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from flashtile.problem import ELEMENTWISE, AttentionProblem
+from flashtile.tiles import SHARED_LIMIT
+
+DIMS = (64, 128, 256)
+"""Head dims that the kernel is compiled for; others are padded up by TMA's zero fill."""
+
+LEAST_DIM = 33
+"""Below it padding to 64 at least doubles the products, and the portable kernel is faster."""
+
+SLOWER = frozenset({
+    (64, "attn_mask"), (64, "bias"), (64, "document_ids"), (64, "dropout"), (256, "bias"),
+})  # fmt: skip
+"""Tiles and features with which the portable kernel is faster. H200, TFLOP/s, this one's first: at
+head dim 64 a random mask 155 / 206, a bias 167 / 227, documents 228 / 238, dropout 285 / 298; a
+bias at 256 343 / 393."""
+
+MATRICES = frozenset({"attn_mask", "bias"})
+"""Features that read an element of global memory for every score."""
+
+
+@dataclass(frozen=True)
+class HopperTile:
+    """What the kernel is compiled for."""
+
+    padded: int  # head dim of the tiles
+    block_n: int  # keys of a block
+    slots: int  # blocks of K or V in shared memory
+    warpgroups: int  # that attend, with 64 queries each
+    q_registers: int  # columns of Q that stay in registers
+    registers: int = 240  # of each consumer thread
+    producer_registers: int = 24
+    turns: bool = False  # warpgroups take turns at the tensor cores
+    lazy_rescale: bool = False
+    own_output: bool = True  # the output has shared memory of its own, not the queries'
+    values: int = 0  # head dim of V's and the output's tiles, where it is not K's
+
+    @property
+    def padded_v(self) -> int:
+        return self.values or self.padded
+
+    @property
+    def block_m(self) -> int:
+        return 64 * self.warpgroups
+
+    @property
+    def threads(self) -> int:
+        """Of all consumers and the producer."""
+        return 128 * self.warpgroups + 32
+
+    @property
+    def skips(self) -> bool:
+        """Whether a warpgroup may pass over blocks that its queries do not see: where turns must
+        not be equally many, and there may be such blocks within a tile."""
+        return self.block_m > self.block_n and not self.turns
+
+    @property
+    def frees_queries(self) -> str:
+        """When the queries' shared memory can take the next tile's: once they are "loaded" to
+        registers, when the last scores have "read" them, when the output in their place is
+        "stored"."""
+        if not self.own_output:
+            return "stored"
+        return "loaded" if self.q_registers == self.padded else "read"
+
+    @property
+    def shared_bytes(self) -> int:
+        """Of 16-bit tiles; barriers and the tiles' numbers take less than 256 bytes more."""
+        rows = self.slots * self.block_n + self.block_m
+        own = self.block_m * self.padded_v if self.own_output else 0
+        return 2 * (self.padded * rows + own)
+
+
+def padded_dim(head_dim: int, head_dim_v: int) -> int | None:
+    """The head dim of the tiles that hold both, or None where there is none."""
+    return next((d for d in DIMS if d >= max(head_dim, head_dim_v)), None)
+
+
+# TFLOP/s of the prototype (H200, bf16) are in the comments; the figures of each choice are where
+# the kernel makes it.
+_D64_SHORT = HopperTile(64, 128, 8, 2, 64)  # causal 512 / 1k / 2k: 269 / 368 / 431
+_D64_LONG = HopperTile(64, 128, 4, 3, 0, 160, turns=True)  # causal 8k / 16k: 492 / 507
+_D128 = HopperTile(128, 128, 5, 2, 128)  # causal 1k / 4k / 16k: 496 / 631 / 681
+_D256 = HopperTile(256, 64, 5, 2, 128, lazy_rescale=True, own_output=False)  # 505 / 656 / 735
+
+# A thread's part of a matrix is loaded at once: 64 elements for a block of 128 keys spilled 2.7 KB
+# beside the output of head dim 128, 32 spill nothing; of head dim 256 it is 32 and 0.4 to 1.6 KB,
+# and 16.
+_D128_MATRIX = HopperTile(128, 64, 8, 2, 128)
+_D256_MATRIX = HopperTile(256, 32, 8, 2, 128, lazy_rescale=True, own_output=False)
+
+# Head dim 192 with 128 of V: K as of 256, the output half as wide.
+_D192 = HopperTile(256, 64, 4, 2, 128, values=128)
+_D192_MATRIX = HopperTile(256, 32, 8, 2, 128, values=128)
+
+TILES = (
+    _D64_SHORT, _D64_LONG, _D128, _D256, _D128_MATRIX, _D256_MATRIX, _D192,
+    _D192_MATRIX,
+)  # fmt: skip
+
+
+LEAST_PAGE = 8
+"""Rows that shared memory is swizzled over: no part of a block is smaller."""
+
+MOST_KEYS = 128
+"""The largest block_n, which a page holds whole blocks of or is a part of."""
+
+
+def pages_fit(size: int) -> bool:
+    """Whether blocks are whole pages or lie in one."""
+    return size % MOST_KEYS == 0 or LEAST_PAGE <= size == 1 << (size.bit_length() - 1)
+
+
+def cannot(problem: AttentionProblem) -> str | None:
+    """Why the kernel cannot do a problem, or None."""
+    p, reason = problem, None
+    slower = [f for f in sorted(p.features) if (padded_dim(p.head_dim, p.head_dim_v), f) in SLOWER]
+    if p.dtype not in ("float16", "bfloat16"):
+        reason = f"computes with float16 and bfloat16 inputs, these are {p.dtype}"
+    elif not all(LEAST_DIM <= n <= DIMS[-1] for n in (p.head_dim, p.head_dim_v)):
+        dims = f"{p.head_dim} and {p.head_dim_v}" if p.head_dim != p.head_dim_v else p.head_dim
+        reason = f"does head dims from {LEAST_DIM} to {DIMS[-1]}, not {dims}"
+    elif p.head_dim % 8 or p.head_dim_v % 8:
+        dim = p.head_dim if p.head_dim % 8 else p.head_dim_v
+        reason = f"TMA needs head dims that are multiples of 8, this one is {dim}"
+    elif p.page_size and not pages_fit(p.page_size):
+        reason = (
+            f"needs pages of a power of two from {LEAST_PAGE}, or a multiple of {MOST_KEYS} "
+            f"tokens, these are of {p.page_size}"
+        )
+    elif 0 in (p.batch, p.seqlen_q, p.seqlen_k, p.heads, p.kv_heads):
+        reason = "TMA has no empty tensors"
+    elif slower:
+        reason = f"is slower than the portable kernel with {slower[0]} at this head dim"
+    return reason
+
+
+def forward_tile(problem: AttentionProblem) -> HopperTile:
+    """The tile for a problem whose head dims have one."""
+    p, padded = problem, padded_dim(problem.head_dim, problem.head_dim_v)
+    matrix = bool(p.features & MATRICES)
+    if padded == 64:
+        # Three warpgroups have 160 registers a thread: enough for a mask, not for score mods. The
+        # longest tiles of a causal call are long enough from 8k on.
+        long = p.seqlen_k >= (2048 if p.window_right < 0 else 8192)
+        plain = not p.features & (ELEMENTWISE | {"dropout"}) and p.window_left < 0
+        return _D64_LONG if long and plain else _D64_SHORT
+    if padded == 128:
+        return _D128_MATRIX if matrix else _D128
+    # Ids and dropout are 0.1 and 0.3 KB of spills with 64 keys.
+    narrow = matrix or bool(p.features & {"document_ids", "dropout"})
+    if p.head_dim_v <= 128:
+        return _D192_MATRIX if narrow else _D192
+    return _D256_MATRIX if narrow else _D256
+
+
+assert all(tile.shared_bytes + 256 <= SHARED_LIMIT["sm_90"] for tile in TILES)

@@ -1,0 +1,40 @@
+"""Where the elements of a warpgroup's tiles are: 64 queries, 16 for each of its four warps."""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+ROWS = gl.constexpr(64)
+"""Queries of a warpgroup: the height of a wgmma."""
+
+
+@gluon.constexpr_function
+def accumulator(columns):
+    """Of a (64, columns) wgmma result: thread t of a warp has columns 8 i + 2 (t % 4) + {0, 1} of
+    the rows t // 4 and t // 4 + 8."""
+    return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, columns, 16])
+
+
+@gluon.constexpr_function
+def operand(result):
+    """Of the left operand, in registers, of a wgmma whose result is laid out as `result`. A (64, n)
+    accumulator becomes the operand of a product over n without a move between threads."""
+    return gl.DotOperandLayout(0, result, 2)
+
+
+@gluon.constexpr_function
+def rows_of(result):
+    return gl.SliceLayout(1, result)
+
+
+@gluon.constexpr_function
+def columns_of(result):
+    return gl.SliceLayout(0, result)
+
+
+@gluon.jit
+def partial_row_sums(p):
+    """(64, 4): of each thread's own columns. The four meet once, after the last block."""
+    pairs = gl.sum(p.reshape(p.shape[0], p.shape[1] // 8, 4, 2), 3)
+    return gl.sum(pairs, 1)

@@ -1,0 +1,319 @@
+"""Online softmax on a warpgroup's 64 queries, with the output one block behind the scores.
+
+Dao, "FlashAttention-2" (2023), algorithm 1, and Shah et al., "FlashAttention-3" (2024), algorithm
+2: while the exponentials of block j are taken, the tensor cores multiply block j - 1 by its values.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_wait
+
+from flashtile.kernels.dropout import drop
+from flashtile.kernels.hopper import barriers, layouts
+from flashtile.kernels.hopper.channels import left_columns
+from flashtile.kernels.hopper.walk import first_key
+from flashtile.kernels.hopper.words import accumulator_words
+from flashtile.kernels.masks import At, Mask, anywhere, visible
+from flashtile.kernels.numbers import LN2, LOG2E
+from flashtile.kernels.scores import add_matrix, apply_score_mods
+from flashtile.kernels.views import Span
+
+LEAST = gl.constexpr(-1e30)
+"""The maximum of a row that has seen nothing, in the units of scores: finite, so that no later step
+must tell such a row from others."""
+
+GROWTH = gl.constexpr(8.0)
+"""By how much, in log2 units, a maximum may grow before a lazy rescale: probabilities up to 256,
+which keep their relative precision in either 16-bit format."""
+
+
+class Softmax(NamedTuple):
+    m: Any  # (64,) running max, units of scores
+    l: Any  # (64, 4) running sums of each thread's columns
+    acc: Any  # (64, PADDED_V) unnormalised output, without the last block
+    p: Any  # (64, BLOCK_N) probabilities of the last block, 16 bits
+    alpha: Any  # (64,) what acc is yet to be multiplied by (lazy rescale)
+    grown: Any  # whether any row's is not 1
+
+
+class Query(NamedTuple):
+    """A (64, PADDED) tile of queries: its first columns in registers, all of them in shared
+    memory."""
+
+    registers: Any  # (64, TILE.q_registers), or the tile where there are none
+    tile: Any
+
+
+class Rows(NamedTuple):
+    """A warpgroup's queries."""
+
+    at: Any  # At, without keys
+    full_lo: Any  # keys [full_lo, full_hi) are seen by all of them
+    full_hi: Any
+
+
+@gluon.jit
+def load_query(tile, TILE: gl.constexpr):
+    COLUMNS: gl.constexpr = TILE.q_registers
+    layout: gl.constexpr = layouts.operand(layouts.accumulator(TILE.block_n))
+    if COLUMNS == 0:
+        return Query(tile, tile)
+    elif TILE.padded == COLUMNS:
+        return Query(tile.load(layout), tile)
+    else:
+        return Query(tile.slice(0, COLUMNS, dim=1).load(layout), tile)
+
+
+@gluon.jit
+def multiply_keys(query, keys, TILE: gl.constexpr):
+    """Start Q K^T, (64, BLOCK_N) fp32.
+
+    At head dim 256 both operands from shared memory would take 98% of its bandwidth: half of Q is
+    in registers, 2.342M -> 2.182M cycles (H200, full, 8k).
+    """
+    BLOCK_N: gl.constexpr = TILE.block_n
+    COLUMNS: gl.constexpr = TILE.q_registers
+    LEFT: gl.constexpr = TILE.padded - COLUMNS
+    s = gl.zeros([layouts.ROWS, BLOCK_N], gl.float32, layouts.accumulator(BLOCK_N))
+    if COLUMNS == 0:
+        return warpgroup_mma(query.tile, keys.permute((1, 0)), s, use_acc=False, is_async=True)
+    elif LEFT == 0:
+        return warpgroup_mma(query.registers, keys.permute((1, 0)), s, use_acc=False, is_async=True)
+    else:
+        near = keys.slice(0, COLUMNS, dim=1).permute((1, 0))
+        rest = keys.slice(COLUMNS, LEFT, dim=1).permute((1, 0))
+        s = warpgroup_mma(query.registers, near, s, use_acc=False, is_async=True)
+        return warpgroup_mma(query.tile.slice(COLUMNS, LEFT, dim=1), rest, s, is_async=True)
+
+
+@gluon.jit
+def _opaque(x):
+    """x, of which the compiler knows nothing more."""
+    return gl.inline_asm_elementwise(
+        "mov.b32 $0, $1;", "=r,r", [x], dtype=gl.int32, is_pure=True, pack=1
+    )
+
+
+KEYS = Mask._fields.index("keys")  # names of fields do not reach a constexpr_function
+
+
+@gluon.constexpr_function
+def _compares_positions(masks):
+    """Whether all masks only compare where queries and keys stand."""
+    return all(mask[KEYS] is not anywhere for mask in masks)
+
+
+@gluon.constexpr_function
+def _reads_matrix(mods):
+    return any(mod[0] is add_matrix for mod in mods)
+
+
+@gluon.jit
+def block_columns(first_k, BLOCK_N: gl.constexpr):
+    """(1, BLOCK_N) keys of a block, as a thread's own first one and constants.
+
+    Without `_opaque` the compiler would keep them all in registers from block to block: 72 bytes of
+    spills at head dim 64 with three warpgroups.
+    """
+    columns = gl.arange(0, BLOCK_N, layouts.columns_of(layouts.accumulator(BLOCK_N)))[None, :]
+    return _opaque(first_k + (columns & 6)), columns & -7
+
+
+@gluon.jit
+def block_at(at, first_k, BLOCK_N: gl.constexpr):
+    """`at` with the keys of a block, which the compiler knows to lie side by side."""
+    first_k = gl.multiple_of(_opaque(first_k), BLOCK_N)
+    columns = gl.arange(0, BLOCK_N, layouts.columns_of(layouts.accumulator(BLOCK_N)))[None, :]
+    k_idx = first_k.to(gl.int64) + columns.to(gl.int64)
+    return At(at.batch, at.head, at.first_q, first_k, at.q_idx, k_idx, at.q, at.k)
+
+
+@gluon.jit
+def modify(s, variant, rows, place, LAST: gl.constexpr, TILE: gl.constexpr):
+    """Score mods and masks of the block of keys at a place. Without masks only the LAST block,
+    which comes first, may be partial."""
+    BLOCK_N: gl.constexpr = TILE.block_n
+    first_k = first_key(variant.blocks, place)
+    own, constants = block_columns(first_k, BLOCK_N)
+    if len(variant.score_mods) > 0:
+        here = _at_scores(variant, rows.at, first_k, own, constants, BLOCK_N)
+        s = apply_score_mods(variant.score_mods, s, here)
+    if LAST or len(variant.masks) > 0:
+        s = mask_block(s, variant, rows, place, own, constants, BLOCK_N)
+    return s
+
+
+@gluon.jit
+def mask_block(s, variant, rows, place, own, constants, BLOCK_N: gl.constexpr):
+    """Masks, where the block is not seen as a whole by all rows."""
+    first_k = first_key(variant.blocks, place)
+    if needs_masks(rows, place, first_k, variant.blocks, BLOCK_N):
+        here = _at_masks(variant, rows.at, first_k, own, constants, BLOCK_N)
+        s = gl.where(visible(variant.masks, here), s, -float("inf"))
+    return s
+
+
+@gluon.jit
+def _at_scores(variant, at, first_k, own, constants, BLOCK_N: gl.constexpr):
+    if _reads_matrix(variant.score_mods):
+        return block_at(at, first_k, BLOCK_N)
+    else:
+        return At(at.batch, at.head, at.first_q, first_k, at.q_idx, own + constants, at.q, at.k)
+
+
+@gluon.jit
+def _at_masks(variant, at, first_k, own, constants, BLOCK_N: gl.constexpr):
+    if _compares_positions(variant.masks):
+        return _count_keys_from(at, own, constants)
+    else:
+        return block_at(at, first_k, BLOCK_N)
+
+
+@gluon.jit
+def needs_masks(rows, place, first_k, blocks, BLOCK_N: gl.constexpr):
+    """Whether the block is not seen as a whole by all rows."""
+    if blocks is None:
+        return (first_k < rows.full_lo) | (first_k + BLOCK_N > rows.full_hi)
+    else:
+        return (place & 1) != 0
+
+
+@gluon.jit
+def _count_keys_from(at, own, constants):
+    """`at` with keys counted from each thread's own first column, the end of the keys included.
+    Masks that only compare positions then compare with constants."""
+    k = Span(at.k.batch, at.k.row, at.k.start, at.k.length - own, at.k.room, at.k.leftpad)
+    return At(at.batch, at.head, at.first_q, 0, at.q_idx, constants, at.q, k)
+
+
+@gluon.jit
+def drop_block(p, variant, rows, place, TILE: gl.constexpr):
+    """Dropout of a block's probabilities, after their sums. The words of a Philox block are where
+    the eight elements are that they serve."""
+    if len(variant.dropouts) > 0:
+        at, first_k = rows.at, _opaque(first_key(variant.blocks, place))
+        here = At(at.batch, at.head, at.first_q, first_k, at.q_idx, 0, at.q, at.k)
+        p = drop(variant.dropouts[0], p, accumulator_words(variant.dropouts[0], here, TILE.block_n))
+    return p
+
+
+@gluon.jit
+def as_operand(p, dtype: gl.constexpr, TILE: gl.constexpr):
+    layout: gl.constexpr = layouts.operand(layouts.accumulator(TILE.padded_v))
+    return gl.convert_layout(p.to(dtype), layout, assert_trivial=True)
+
+
+@gluon.jit
+def rescale(acc, alpha, grown, TILE: gl.constexpr):
+    """acc * alpha. The lazy kind is skipped where no row's maximum grew: 1.287M -> 1.186M cycles at
+    head dim 256 (H200, causal, 8k), a loss at 64 and 128."""
+    rows: gl.constexpr = layouts.rows_of(layouts.accumulator(TILE.padded_v))
+    if TILE.lazy_rescale:
+        if grown > 0:
+            acc = acc * gl.convert_layout(alpha, rows)[:, None]
+    else:
+        acc = acc * gl.convert_layout(alpha, rows)[:, None]
+    return acc
+
+
+@gluon.jit
+def raise_maximum(old, s, unit, TILE: gl.constexpr):
+    """(new maxima, whether rows have to be rescaled)."""
+    m = gl.maximum(old, gl.max(s, 1))
+    grown = 0
+    if TILE.lazy_rescale:
+        grows = (m - old) * unit > GROWTH
+        m = gl.where(grows, m, old)
+        grown = gl.max(grows.to(gl.int32), 0)
+    return m, grown
+
+
+@gluon.jit
+def start_softmax(query, ring, places, i, place, rows, variant, unit, TILE: gl.constexpr):
+    """The first block: its scores alone."""
+    keys = ring.wait(i)
+    if variant.blocks is not None:
+        place = places.get(i)
+    s = warpgroup_mma_wait(0, deps=[multiply_keys(query, keys, TILE)])
+    ring.release(i)
+    s = modify(s, variant, rows, place, True, TILE)
+    m = gl.maximum(gl.max(s, 1), LEAST)
+    p = gl.exp2(s * unit - (m * unit)[:, None])
+    sums = layouts.partial_row_sums(p)
+    p = drop_block(p, variant, rows, place, TILE)
+    acc: gl.constexpr = layouts.accumulator(TILE.padded_v)
+    PADDED: gl.constexpr = TILE.padded_v
+    one = gl.inline_asm_elementwise(
+        "mov.b32 $0, 0x3f800000;", "=f,f", [m], dtype=gl.float32, is_pure=False, pack=1
+    )
+    return Softmax(
+        m, sums, gl.zeros([layouts.ROWS, PADDED], gl.float32, acc),
+        as_operand(p, keys.dtype, TILE), one, 0,
+    )  # fmt: skip
+
+
+@gluon.jit
+def softmax_step(state, query, ring, places, i, place, rows, variant, unit,
+                 WARPGROUP: gl.constexpr, TILE: gl.constexpr):  # fmt: skip
+    """Scores of the next block, item i of the ring, and values of the last, item i + 1."""
+    keys = ring.wait(i)
+    if variant.blocks is not None:
+        place = places.get(i)
+    barriers.wait_turn(WARPGROUP, TILE)
+    s_token = multiply_keys(query, keys, TILE)
+    acc = state.acc
+    if TILE.lazy_rescale:
+        acc = rescale(acc, state.alpha, state.grown, TILE)
+    values = left_columns(ring.wait(i + 1), TILE.padded_v)
+    acc_token = warpgroup_mma(state.p, values, acc, is_async=True)
+    s = warpgroup_mma_wait(1, deps=[s_token])
+    barriers.pass_turn(WARPGROUP, TILE)
+    ring.release(i)
+    s = modify(s, variant, rows, place, False, TILE)
+    m, grown = raise_maximum(state.m, s, unit, TILE)
+    anchor = m * unit
+    alpha = gl.exp2((state.m - m) * unit)  # from `anchor` an FMA would keep the rounding of -1e30
+    p = gl.exp2(s * unit - anchor[:, None])
+    sums = gl.convert_layout(alpha, gl.SliceLayout(1, state.l.type.layout))[:, None]
+    l = state.l * sums + layouts.partial_row_sums(p)
+    p = drop_block(p, variant, rows, place, TILE)
+    acc = warpgroup_mma_wait(0, deps=[acc_token])
+    p = as_operand(p, keys.dtype, TILE)
+    ring.release(i + 1)
+    if not TILE.lazy_rescale:
+        acc = rescale(acc, alpha, grown, TILE)
+    return Softmax(m, l, acc, p, alpha, grown)
+
+
+@gluon.jit
+def last_values(state, ring, i, TILE: gl.constexpr):
+    """Start the last block's product with its values, item i."""
+    acc = state.acc
+    if TILE.lazy_rescale:
+        acc = rescale(acc, state.alpha, state.grown, TILE)
+    values = left_columns(ring.wait(i), TILE.padded_v)
+    return warpgroup_mma(state.p, values, acc, is_async=True)
+
+
+@gluon.jit
+def finish_softmax(state, sink, dropouts, head, unit):
+    """(what the output is to be multiplied by, lse), each (64,). A sink is a key without a value,
+    which joins here."""
+    l = gl.convert_layout(gl.sum(state.l, 1), state.m.type.layout)
+    m = state.m * unit
+    factor = 1.0
+    if sink is not None:
+        logit = gl.load(sink + head).to(gl.float32) * LOG2E
+        top = gl.maximum(m, logit)
+        factor = gl.exp2(gl.minimum(m - top, 0.0))  # an FMA may keep the rounding of -1e30
+        l = l * factor + gl.exp2(logit - top)
+        m = top
+    if len(dropouts) > 0:
+        factor = factor * dropouts[0].rescale
+    empty = l == 0.0
+    factor = gl.where(empty, 0.0, factor / gl.where(empty, 1.0, l))
+    return factor, gl.where(empty, -float("inf"), (m + gl.log2(l)) * LN2)

@@ -1,0 +1,167 @@
+"""How the backward's warps meet: a ring of queries, and the ways that dS and dQ take.
+
+Queries and dO of a block come with mbarriers that TMA completes; everything else goes through
+hardware barriers (see `barriers`). Blocks are counted from the kernel's start, and the count gives
+slot and phase.
+"""
+
+from typing import Any, NamedTuple
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+
+from flashtile.kernels.hopper import barriers
+from flashtile.kernels.hopper._compat import aggregate, tma_load
+from flashtile.kernels.hopper.channels import load_rows
+
+DS_WRITTEN = gl.constexpr(6)
+"""dS of both warpgroups is in shared memory; both have read that of two blocks before."""
+
+DQ_FREE = gl.constexpr(7)
+"""Of warpgroup w, 7 + w: the writer has read its share of dQ."""
+
+DQ_FULL = gl.constexpr(9)
+"""Of warpgroup w, 9 + w: its share of dQ is in shared memory."""
+
+BLOCK_READ = gl.constexpr(11)
+"""Of ring slot i, 11 + i: both warpgroups have read the block."""
+
+WITH_WRITER = gl.constexpr(160)
+"""Threads of a warpgroup and of the writer's warp."""
+
+CONSUMERS = gl.constexpr(256)
+
+WITH_PRODUCER = gl.constexpr(288)
+
+
+class Inputs(NamedTuple):
+    """Descriptors of what is read."""
+
+    q: Any  # rows of block_m
+    k: Any  # rows of 64
+    v: Any
+    dout: Any  # rows of block_m
+    rows: Any  # (2 * query blocks, block_m) fp32: lse in log2 units, delta, lse, ...
+
+
+@gluon.constexpr_function
+def bytes_of(x):
+    count = x.block_type.element_ty.primitive_bitwidth // 8
+    for edge in x.block_type.shape:
+        count *= edge
+    return count
+
+
+@aggregate
+class Blocks:
+    """Blocks of queries in the order in which they are needed. Q comes with lse, dO with delta:
+    what the scores need, and what their gradient does."""
+
+    q: gl.shared_memory_descriptor  # (SLOTS, ..., BLOCK_M, PADDED)
+    dout: gl.shared_memory_descriptor
+    lse: gl.shared_memory_descriptor  # (SLOTS, 1, BLOCK_M)
+    delta: gl.shared_memory_descriptor
+    q_full: gl.shared_memory_descriptor  # (SLOTS, 1)
+    dout_full: gl.shared_memory_descriptor
+    SLOTS: gl.constexpr
+
+    @gluon.constexpr_function
+    def __init__(self, q, dout, lse, delta, q_full, dout_full, SLOTS):
+        self.q = q
+        self.dout = dout
+        self.lse = lse
+        self.delta = delta
+        self.q_full = q_full
+        self.dout_full = dout_full
+        self.SLOTS = gl.constexpr(SLOTS)
+
+    @gluon.jit
+    def fill_queries(self, i, x, batch, head, row, block):
+        """Load Q from row on, and lse of the block-th block of all, as item i when its slot is
+        free."""
+        slot = i % self.SLOTS
+        if i >= self.SLOTS:
+            barriers.sync(BLOCK_READ + slot, WITH_PRODUCER)
+        full = self.q_full.index(slot)
+        mbarrier.expect(full, bytes_of(x.q) + bytes_of(x.rows))
+        load_rows(x.q, batch, head, row, full, self.q.index(slot))
+        tma_load(x.rows, [2 * block, 0], full, self.lse.index(slot))
+
+    @gluon.jit
+    def fill_dout(self, i, x, batch, head, row, block):
+        """Load dO and delta of item i, after its queries."""
+        slot = i % self.SLOTS
+        full = self.dout_full.index(slot)
+        mbarrier.expect(full, bytes_of(x.dout) + bytes_of(x.rows))
+        load_rows(x.dout, batch, head, row, full, self.dout.index(slot))
+        tma_load(x.rows, [2 * block + 1, 0], full, self.delta.index(slot))
+
+    @gluon.jit
+    def wait_queries(self, i):
+        """(BLOCK_M, PADDED) Q of item i, when it has come."""
+        slot = i % self.SLOTS
+        mbarrier.wait(self.q_full.index(slot), (i // self.SLOTS) & 1)
+        tile = self.q.index(slot)
+        return tile.reshape((tile.shape[-2], tile.shape[-1]))
+
+    @gluon.jit
+    def wait_dout(self, i):
+        """(BLOCK_M, PADDED) dO of item i, when it has come."""
+        slot = i % self.SLOTS
+        mbarrier.wait(self.dout_full.index(slot), (i // self.SLOTS) & 1)
+        tile = self.dout.index(slot)
+        return tile.reshape((tile.shape[-2], tile.shape[-1]))
+
+    @gluon.jit
+    def load_lse(self, i, LAYOUT: gl.constexpr):
+        """(BLOCK_M,), of an item whose queries have come."""
+        row = self.lse.index(i % self.SLOTS)
+        return row.reshape((row.shape[-1],)).load(LAYOUT)
+
+    @gluon.jit
+    def load_delta(self, i, LAYOUT: gl.constexpr):
+        """(BLOCK_M,), of an item whose dO has come."""
+        row = self.delta.index(i % self.SLOTS)
+        return row.reshape((row.shape[-1],)).load(LAYOUT)
+
+    @gluon.jit
+    def release(self, i):
+        """The calling warpgroup has read item i."""
+        barriers.arrive(BLOCK_READ + i % self.SLOTS, WITH_PRODUCER)
+
+
+@aggregate
+class KeySide:
+    """What stays of a tile of keys, and the places where dS and dQ of a block pass through."""
+
+    k: gl.shared_memory_descriptor  # (2, ..., 64, PADDED): 64 keys of each warpgroup
+    v: gl.shared_memory_descriptor
+    ds: gl.shared_memory_descriptor  # (4, 64, BLOCK_M) 16 bits: two blocks of two warpgroups
+    dq: gl.shared_memory_descriptor  # (2, 16, 256) fp32: 64 x 64 of each warpgroup
+    full: gl.shared_memory_descriptor  # (1, 1)
+
+    @gluon.constexpr_function
+    def __init__(self, k, v, ds, dq, full):
+        self.k = k
+        self.v = v
+        self.ds = ds
+        self.dq = dq
+        self.full = full
+
+    @gluon.jit
+    def keys(self, WARPGROUP: gl.constexpr):
+        """(64, PADDED)"""
+        tile = self.k.index(WARPGROUP)
+        return tile.reshape((tile.shape[-2], tile.shape[-1]))
+
+    @gluon.jit
+    def values(self, WARPGROUP: gl.constexpr):
+        """(64, PADDED)"""
+        tile = self.v.index(WARPGROUP)
+        return tile.reshape((tile.shape[-2], tile.shape[-1]))
+
+    @gluon.jit
+    def ds_of(self, i, WARPGROUP: gl.constexpr):
+        """(64, BLOCK_M) dS of block i, keys by queries."""
+        return self.ds.index(2 * (i & 1) + WARPGROUP)

@@ -1,0 +1,94 @@
+"""The Hopper backend's host side: which tensors TMA can address, how, and with which tiles."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from flashtile import hopper_tiles
+from flashtile.api import normalise
+from flashtile.backends import tensormaps
+from flashtile.hopper_tiles import TILES, cannot, forward_tile, padded_dim
+from flashtile.plan import Device, plan
+from flashtile.problem import AttentionProblem, describe
+
+LLAMA = AttentionProblem("cuda", "bfloat16", 1, 4096, 4096, 32, 8, 128, 128, -1, 0)
+SM_90 = Device("cuda", "sm_90", True)
+
+
+def _half(*shape: int) -> Tensor:
+    return torch.zeros(shape, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("dims", "padded"),
+    [((64, 64), 64), ((40, 40), 64), ((96, 96), 128), ((128, 128), 128), ((192, 192), 256),
+     ((256, 256), 256), ((264, 264), None)],
+    ids=str,
+)  # fmt: skip
+def test_head_dims_are_padded_to_the_next_tile(dims: tuple[int, int], padded: int | None) -> None:
+    assert padded_dim(*dims) == padded
+
+
+def test_what_the_kernel_cannot_do_is_said() -> None:
+    assert cannot(LLAMA) is None
+    for changes, reason in (
+        ({"dtype": "float32"}, "float32"),
+        ({"head_dim": 320, "head_dim_v": 320}, "320"),
+        ({"head_dim": 16, "head_dim_v": 16}, "not 16"),
+        ({"head_dim": 100, "head_dim_v": 100}, "multiples of 8, this one is 100"),
+        ({"seqlen_k": 0}, "empty"),
+        ({"page_size": 24}, "pages of a power of two from 8, or a multiple of 128"),
+        ({"head_dim": 64, "head_dim_v": 64, "features": frozenset({"bias"})}, "slower"),
+    ):
+        problem = replace(LLAMA, **changes)  # type: ignore[arg-type]
+        assert reason in (cannot(problem) or "")
+        assert plan(problem, SM_90).backend == "triton"
+
+
+def test_tiles_fit_and_do_not_depend_on_lengths_alone() -> None:
+    """Named barriers: six are Triton's, one is the queries', the others serve slots and turns."""
+    for tile in TILES:
+        assert tile.shared_bytes + 256 <= 232_448
+        assert tile.slots + (tile.warpgroups if tile.turns else 0) <= 9
+        assert tile.frees_queries in ("loaded", "read", "stored")
+    short = replace(LLAMA, head_dim=64, head_dim_v=64, seqlen_q=512, seqlen_k=512)
+    long = replace(short, seqlen_q=16384, seqlen_k=16384)
+    assert (forward_tile(short).warpgroups, forward_tile(long).warpgroups) == (2, 3)
+    softcapped = replace(long, features=frozenset({"softcap"}))
+    assert forward_tile(softcapped).warpgroups == 2  # score mods need registers
+    assert hopper_tiles.forward_tile(LLAMA).block_m == 128
+
+
+def test_which_tensors_tma_can_address() -> None:
+    x = _half(2, 20, 4, 64)
+    assert tensormaps.maps(x)
+    assert tensormaps.maps(x.transpose(1, 2).contiguous().transpose(1, 2))
+    assert tensormaps.maps(_half(2, 20, 3, 4, 64)[:, :, 1])
+    assert tensormaps.maps(x[:1].expand(1, 20, 4, 64))
+    assert not tensormaps.maps(x[:1].expand(2, 20, 4, 64))  # a stride of 0
+    assert not tensormaps.maps(_half(2, 20, 4, 65)[..., :64])  # strides of 130 bytes
+    assert not tensormaps.maps(_half(2 * 20 * 4 * 64 + 1)[1:].view(2, 20, 4, 64))  # 2 bytes off
+
+
+def test_heads_are_folded_where_they_follow_each_other() -> None:
+    x = _half(2, 20, 4, 64)
+    assert tensormaps.folds(x, 64)
+    assert not tensormaps.folds(_half(2, 4, 20, 64).transpose(1, 2), 64)
+    assert not tensormaps.folds(_half(2, 20, 4, 48), 64)  # the next head would fill the padding
+    folded, apart = (tensormaps.tensor_map(x, 64, 64, fold) for fold in (True, False))
+    assert (list(folded.shape), list(folded.strides)) == ([2, 20, 256], [5120, 256, 1])
+    assert (list(apart.shape), list(apart.strides)) == ([2, 4, 20, 64], [5120, 64, 256, 1])
+    assert list(folded.block_shape) == [1, 64, 64]
+    assert list(apart.block_shape) == [1, 1, 64, 64]
+
+
+def test_a_dense_call_is_planned_for_hopper() -> None:
+    q, k = (torch.empty(1, 200, h, 96, dtype=torch.bfloat16, device="meta") for h in (4, 2))
+    problem = replace(describe(normalise(q, k, k, causal=True)), device="cuda")
+    chosen = plan(problem, SM_90)
+    assert (chosen.backend, chosen.hopper) == ("hopper", forward_tile(problem))
+    assert (chosen.tile.block_q, chosen.tile.block_k) == (128, 128)
