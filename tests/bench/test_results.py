@@ -74,7 +74,7 @@ def host(us: float = 10.0) -> dict[str, Any]:
 
 
 def _verdicts(document: dict[str, Any]) -> dict[str, bool]:
-    return {claim.what.split(",")[0]: claim.holds for claim in summary.claims(document)}
+    return {claim.what: claim.holds for claim in summary.claims(document)}
 
 
 def test_dense_claims() -> None:
@@ -83,7 +83,7 @@ def test_dense_claims() -> None:
         (2.0, 1.30, True), (1.25, 1.15, True), (0.75, 0.95, False),
     ]  # fmt: skip
     assert "bwd full" in claims[2].what
-    assert str(claims[0]).startswith("pass  fwd over FlashAttention-2")
+    assert str(claims[0]).startswith("pass  triton, fwd over FlashAttention-2")
     assert str(claims[2]).startswith("FAIL")
     assert not summary.claims(dense(forward_ms=1.6))[0].holds
 
@@ -92,6 +92,18 @@ def test_features_claims() -> None:
     assert all(_verdicts(features(window=1.9, documents=1.6, softcap=12.4, mask=12.9)).values())
     assert not any(_verdicts(features(window=2.1, documents=1.7, softcap=12.6, mask=13.1)).values())
     assert _verdicts(features(bias=99.0)) == {}
+
+
+def test_each_backend_has_claims_of_its_own() -> None:
+    """The portable kernels, beside those of the GPU, against their own plain attention."""
+    document = features(window=1.5, softcap=11.5)
+    for found in document["rows"]:
+        found["backend"] = "hopper"
+        found["providers"] |= {"flashtile-triton": timed(12.0), "plain-triton": timed(10.0)}
+    assert [(c.what.partition(",")[0], c.holds) for c in summary.claims(document)] == [
+        ("hopper", False), ("triton", False), ("hopper", False), ("triton", True),
+    ]  # fmt: skip
+    assert summary.speedup(document["rows"][0], "flashtile-triton") == pytest.approx(10 / 12)
 
 
 def test_a_masks_overhead_is_for_the_same_work() -> None:

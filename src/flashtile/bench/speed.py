@@ -80,7 +80,8 @@ def measure(
 ) -> Iterator[dict[str, Any]]:
     """A row a mode: each provider's timing, or the reason that it has none.
 
-    With `against_plain`, flashtile's time of the cell's baseline joins the turns as "plain".
+    With `against_plain`, flashtile's time of the cell's baseline joins the turns as "plain", and as
+    "plain-triton" that of a backend which takes part besides the default one.
     """
     prepared = Prepared(cell, options)
     plain = Prepared(prepared.work.baseline, options) if against_plain else None
@@ -91,14 +92,16 @@ def measure(
         if name != f"flashtile-{default}"
     }
     if plain is not None:
-        tried["plain"] = plain.functions("flashtile", options.modes)
+        for name in [n for n in tried if n.partition("-")[0] == "flashtile"]:
+            baseline = name.replace("flashtile", "plain")
+            tried[baseline] = plain.functions(name, options.modes)
     prepared.forget_references()
     for mode in options.modes:
         found = {name: functions[mode] for name, functions in tried.items()}
         times = options.time({n: f for n, f in found.items() if not isinstance(f, str)})
         results: dict[str, Any] = {n: {"reason": f} for n, f in found.items() if isinstance(f, str)}
         for name, timing in times.items():
-            of = plain if plain is not None and name == "plain" else prepared
+            of = plain if plain is not None and name.startswith("plain") else prepared
             rate = of.flops(mode) / timing.median_ms / 1e9
             results[name] = {**timing.row(), "tflops": rate}
         row = {**cell.row(), "mode": mode, "backend": default, "flops": prepared.flops(mode)}

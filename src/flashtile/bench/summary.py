@@ -12,14 +12,19 @@ from typing import Any, NamedTuple
 Row = dict[str, Any]
 Document = dict[str, Any]
 
-SPEEDUPS = {"window": 5.0, "documents": 6.0}
-"""The least that masks must gain over the plain attention that they cut, at 16,384 tokens."""
+SPEEDUPS = {"triton": {"window": 5.0, "documents": 6.0}, "hopper": {"window": 8.0}}
+"""The least that masks must gain over the plain attention that they cut, at 16,384 tokens, by
+backend."""
 
-OVERHEADS = {"dropout": 1.25, "softcap": 1.25, "alibi": 1.25, "mask": 1.30, "varlen": 1.10}
+OVERHEADS = {
+    "triton": {"dropout": 1.25, "softcap": 1.25, "alibi": 1.25, "mask": 1.30, "varlen": 1.10},
+    "hopper": {"softcap": 1.12, "alibi": 1.12, "varlen": 1.05},
+}
 """The most time that features may take, for the same work, in units of plain attention's."""
 
 OVER_FA2 = {"fwd": 1.30, "bwd": 1.15}
-"""The least geometric mean of dense speed over FlashAttention-2's."""
+"""The least geometric mean of the portable kernels' dense speed over FlashAttention-2's, at head
+dims 64 and 128."""
 
 OF_FLEX = 0.95
 """The least dense speed over FlexAttention's, in any cell."""
@@ -53,21 +58,27 @@ def milliseconds(row: Row, provider: str) -> float | None:
     return None if found is None else float(found)
 
 
-def ratio(row: Row, over: str) -> float | None:
+def ratio(row: Row, over: str, ours: str = "flashtile") -> float | None:
     """flashtile's speed over another's in a row: above 1 flashtile is faster."""
-    ours, theirs = milliseconds(row, "flashtile"), milliseconds(row, over)
-    return None if ours is None or theirs is None else theirs / ours
+    own, theirs = milliseconds(row, ours), milliseconds(row, over)
+    return None if own is None or theirs is None else theirs / own
 
 
-def against_plain(row: Row) -> float | None:
+def against_plain(row: Row, ours: str = "flashtile") -> float | None:
     """Time for the same work in units of plain attention's: rates of FLOPs compared."""
-    gain = ratio(row, "plain")
+    gain = speedup(row, ours)
     return None if gain is None else row["plain"]["flops"] / row["flops"] / gain
 
 
-def speedup(row: Row) -> float | None:
+def speedup(row: Row, ours: str = "flashtile") -> float | None:
     """Plain attention's time over the feature's, whatever the work."""
-    return ratio(row, "plain")
+    return ratio(row, ours.replace("flashtile", "plain"), ours)
+
+
+def own(row: Row) -> list[tuple[str, str]]:
+    """(provider, backend) of everything in a row that is flashtile's."""
+    names = [name for name in row["providers"] if name.partition("-")[0] == "flashtile"]
+    return [(name, name.partition("-")[2] or row["backend"]) for name in names]
 
 
 def claims(document: Document) -> list[Claim]:
@@ -82,9 +93,13 @@ def claims(document: Document) -> list[Claim]:
 def dense_claims(rows: list[Row]) -> list[Claim]:
     found = []
     for mode, least in OVER_FA2.items():
-        gains = [g for r in rows if r["mode"] == mode and (g := ratio(r, "fa2")) is not None]
+        gains = [
+            gain for row in rows if row["mode"] == mode and row["head_dim"] <= 128
+            for name, backend in own(row)
+            if backend == "triton" and (gain := ratio(row, "fa2", name)) is not None
+        ]  # fmt: skip
         if gains:
-            what = f"{mode} over FlashAttention-2, geometric mean of {len(gains)} cells"
+            what = f"triton, {mode} over FlashAttention-2, geometric mean of {len(gains)} cells"
             found.append(Claim(what, geometric_mean(gains), least, True))
     flexes = [(g, r) for r in rows if (g := ratio(r, "flex")) is not None]
     if flexes:
@@ -94,16 +109,19 @@ def dense_claims(rows: list[Row]) -> list[Claim]:
 
 
 def feature_claims(rows: list[Row]) -> list[Claim]:
-    found = []
-    for row in rows:
-        feature, gain, cost = row["feature"], speedup(row), against_plain(row)
-        if gain is not None and feature in SPEEDUPS:
-            what = f"{cell_text(row)}, faster than {row['plain']['feature']}"
-            found.append(Claim(what, gain, SPEEDUPS[feature], True))
-        elif cost is not None and feature in OVERHEADS:
-            what = f"{cell_text(row)}, time over {row['plain']['feature']}"
-            found.append(Claim(what, cost, OVERHEADS[feature], False))
-    return found
+    return [claim for row in rows for pair in own(row) for claim in _row_claims(row, *pair)]
+
+
+def _row_claims(row: Row, name: str, backend: str) -> list[Claim]:
+    feature, plain = row["feature"], row["plain"]["feature"]
+    gain, cost = speedup(row, name), against_plain(row, name)
+    least = SPEEDUPS.get(backend, {}).get(feature)
+    most = OVERHEADS.get(backend, {}).get(feature)
+    if gain is not None and least is not None:
+        return [Claim(f"{backend}, {cell_text(row)}, faster than {plain}", gain, least, True)]
+    if cost is not None and most is not None:
+        return [Claim(f"{backend}, {cell_text(row)}, time over {plain}", cost, most, False)]
+    return []
 
 
 def memory_claims(rows: list[Row]) -> list[Claim]:
@@ -153,7 +171,7 @@ def _geomean_text(rows: list[Row], over: str) -> str:
 
 def _others(rows: Iterable[Row]) -> list[str]:
     names = dict.fromkeys(name for row in rows for name in row["providers"])
-    return [name for name in names if name != "flashtile"]
+    return [name for name in names if name != "flashtile" and not name.startswith("plain")]
 
 
 def cell_text(row: Row) -> str:
