@@ -11,6 +11,7 @@ from torch import Tensor
 from flashtile import hopper_tiles
 from flashtile.api import normalise
 from flashtile.backends import tensormaps
+from flashtile.hopper_backward_tiles import cannot_backward
 from flashtile.hopper_tiles import TILES, cannot, forward_tile, padded_dim
 from flashtile.plan import Device, plan
 from flashtile.problem import AttentionProblem, describe
@@ -47,6 +48,19 @@ def test_what_the_kernel_cannot_do_is_said() -> None:
         problem = replace(LLAMA, **changes)  # type: ignore[arg-type]
         assert reason in (cannot(problem) or "")
         assert plan(problem, SM_90).backend == "triton"
+
+
+def test_what_the_backward_leaves_to_the_portable_kernels() -> None:
+    assert cannot_backward(LLAMA, deterministic=False) is None
+    assert "any order" in (cannot_backward(LLAMA, deterministic=True) or "")
+    for changes, reason in (
+        ({"head_dim": 256, "head_dim_v": 256}, "not 256 and 256"),
+        ({"layout": "varlen"}, "packed"),
+        ({"features": frozenset({"dropout"})}, "dropout"),
+        ({"head_dim": 64, "head_dim_v": 64, "features": frozenset({"softcap"})}, "registers"),
+    ):
+        problem = replace(LLAMA, **changes)  # type: ignore[arg-type]
+        assert reason in (cannot_backward(problem, deterministic=False) or "")
 
 
 def test_tiles_fit_and_do_not_depend_on_lengths_alone() -> None:
