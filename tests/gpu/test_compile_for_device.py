@@ -44,7 +44,8 @@ def test_warmed_calls_compile_nothing(tmp_path: Path) -> None:
         for dtype in ("bfloat16", "float16")
     ]
     for done in filled:
-        assert f"are in {warm}" in done.stdout, done.stderr
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert f"are in {warm}" in done.stdout
     program = tmp_path / "program.py"
     program.write_text(CALLS)
     done = _run(warm, str(program))
