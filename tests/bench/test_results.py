@@ -154,6 +154,7 @@ def test_tables_of_a_gpu(tmp_path: Path) -> None:
 
     assert "| forward, causal, 128 | 1000, 2.00x | 1000, 2.00x |" in found["h200-dense"]
     assert "dense-causal.png" in found["h200-dense"]
+    assert "TFLOP/s of the portable kernels" in found["h200-dense"]
     assert "| 2.00 | 2.00x |  |  | 10.00x |" in found["h200-features"]
     assert "forward: 5.0x the speed of causal attention" in found["h200-features"]
     assert "| 2,048 | 2 MiB | not run | not run |" in found["h200-memory"]

@@ -50,9 +50,9 @@ def dense(results: Path) -> str:
     rows = document["rows"]
     seqlens = sorted({row["seqlen"] for row in rows})
     lines = [
-        f"bf16 on an {document['environment']['gpu']}, 16,384 tokens, hidden size 2,048: TFLOP/s, "
-        "and how many times faster than",
-        "PyTorch's FlashAttention-2.",
+        f"bf16 on an {document['environment']['gpu']}, 16,384 tokens, hidden size 2,048: TFLOP/s "
+        f"of {_kernels(rows)}, and how many",
+        "times faster than PyTorch's FlashAttention-2.",
         "",
         f"![speed by sequence length](benchmarks/results/{GPU}/dense-causal.png)",
         "",
@@ -66,6 +66,12 @@ def dense(results: Path) -> str:
         name = f"{'backward' if backward else 'forward'}, {feature}, {head_dim}"
         lines.append(_line(name, *(_rate(part.get(n)) for n in seqlens)))
     return "\n".join((*lines, "", _source(document, GPU)))
+
+
+def _kernels(rows: list[Row]) -> str:
+    """Whose figures are shown, in words."""
+    names = {"triton": "the portable kernels", "hopper": "the Hopper kernels"}
+    return " and ".join(dict.fromkeys(names.get(row["backend"], row["backend"]) for row in rows))
 
 
 def _rate(row: Row | None) -> str:
@@ -82,9 +88,9 @@ def features(results: Path) -> str:
     if document is None:
         return ""
     lines = [
-        "Features at head dim 128, forward / backward: time, that in units of plain attention's "
-        "for the same FLOPs, and how many",
-        "times faster than the peers that can do it.",
+        f"Features at head dim 128, forward / backward, by {_kernels(document['rows'])}: time, "
+        "that in units of plain attention's for",
+        "the same FLOPs, and how many times faster than the peers that can do it.",
         "",
         _header("", "ms", "over plain", *PEERS.values()),
     ]
