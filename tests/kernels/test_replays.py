@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton import knobs
 from triton.backends.nvidia import driver as nvidia
@@ -123,7 +125,7 @@ def test_what_is_no_metadata_takes_the_operator(
             flash_attn_func(*_qkv(), **given)
 
 
-class _Seen(TorchDispatchMode):
+class _Dispatched(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.names: list[str] = []
@@ -133,14 +135,97 @@ class _Seen(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_a_mode_sees_the_operators() -> None:
+class _Called(TorchFunctionMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("mode", "operators"), [(_Dispatched, ("forward", "backward")), (_Called, ("forward",))]
+)
+def test_a_mode_sees_the_operators(mode: Any, operators: tuple[str, ...]) -> None:
+    """Autograd runs below modes of functions, whoever calls it."""
     x = _qkv(requires_grad=True)
     with interpreted(capacity=64):
         for _ in range(2):
             flash_attn_func(*x).sum().backward()
-        with _Seen() as seen:
+        with mode() as seen:
             flash_attn_func(*x).sum().backward()
-    assert {"flashtile.forward.default", "flashtile.backward.default"} <= set(seen.names)
+    assert {f"flashtile.{name}.default" for name in operators} <= set(seen.names)
+
+
+def test_a_default_device_is_no_reason_to_take_the_operators(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Though torch makes it a mode."""
+    x = _qkv(requires_grad=True)
+    with interpreted(capacity=64), torch.device("cpu"):
+        flash_attn_func(*x).sum().backward()
+        monkeypatch.setattr(ops, "forward", _refuse)
+        monkeypatch.setattr(torch.ops.flashtile.backward, "default", _refuse)
+        flash_attn_func(*x).sum().backward()
+
+
+def test_negated_views_are_negated_and_zeros_are_zero() -> None:
+    """Where memory does not hold the values: imaginary parts may be negated, gradients missing."""
+    with interpreted(capacity=64):
+        q, k, v = _qkv(requires_grad=True)
+        for _ in range(2):
+            out = flash_attn_func(torch._neg_view(q), k, v)
+            torch.testing.assert_close(out, flash_attn_func(-q, k, v))
+            dout = torch.randn_like(out)
+            found, expected = (
+                torch.autograd.grad(flash_attn_func(q, k, v), (q, k, v), x)
+                for x in (torch._neg_view(dout), -dout)
+            )
+            torch.testing.assert_close(found, expected)
+            (dq,) = torch.autograd.grad(out, q, torch._efficientzerotensor(out.shape))
+            assert dq.eq(0).all()
+
+
+def test_what_a_transform_leaves_behind_takes_the_operator() -> None:
+    """A tensor that wraps another and has no memory of its own."""
+    q, k, v = _qkv()
+    left: list[Tensor] = []
+    torch.func.grad(lambda x: left.append(x) or x.sum())(q)  # type: ignore[func-returns-value]
+    with interpreted(capacity=64):
+        expected = flash_attn_func(q, k, v)
+        torch.testing.assert_close(flash_attn_func(left[0], k, v), expected)
+
+
+def test_nothing_of_a_call_is_kept_alive() -> None:
+    with interpreted(capacity=64):
+        x = _qkv(requires_grad=True)
+        out = flash_attn_func(*x, causal=True)
+        out.sum().backward()
+        gone = [weakref.ref(t) for t in (*x, out)]
+        del x, out
+        assert [t() for t in gone] == [None] * 4
+        assert len(replays._replays) == 3
+
+
+def test_a_call_within_a_call_has_a_tape_of_its_own() -> None:
+    kernel = _Kernel()
+
+    def inner(tensors: Any) -> tuple[Tensor]:
+        return (replays.make(torch.neg, tensors[0]),)
+
+    def outer(tensors: Any) -> tuple[Tensor]:
+        out = replays.empty((4,), tensors[0])
+        replays.run("inner", tensors, inner)
+        launch.run(launch.Launch(kernel, 1, (tensors[0], out)))
+        return (out,)
+
+    with interpreted(capacity=64):
+        for x in (torch.zeros(4), torch.ones(4)):
+            (out,) = replays.run("outer", (x,), outer)
+            assert kernel.seen.pop() == (x, out)
+        assert replays.taping() is None
 
 
 def test_checked_mode_checks(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,6 +33,28 @@ def _packed(lengths: tuple[tuple[int, int], ...], seed: int = 0, **changes: Any)
     return Case("packed", lengths=lengths, **(shape | changes)).draw(seed)
 
 
+def _every_other(x: Tensor) -> Tensor:
+    """x, with something else between its elements."""
+    return torch.stack((x, torch.full_like(x, 3)), -1).flatten(-2)[..., ::2]
+
+
+@pytest.mark.parametrize("names", [
+    ("cu_seqlens_q", "cu_seqlens_k"), ("seqused_q", "seqused_k"), ("block_table",),
+    ("learnable_sink",),
+], ids=lambda names: names[0])  # fmt: skip
+def test_lengths_tables_and_sinks_of_any_stride(names: tuple[str, ...]) -> None:
+    paged, sink = "block_table" in names, [n for n in names if "sink" in n]
+    problem = _packed(((20, 18), (3, 20)), tensors=tuple(sink), page_size=4 if paged else 0)
+    if "seqused_q" in names:
+        problem.keywords.update(seqused_q=_ints(17, 2), seqused_k=_ints(15, 20))
+    strided = {n: _every_other(x) for n, x in problem.keywords.items() if n in names}
+    leaves = {n: _every_other(x) for n, x in problem.tensors.items() if n in names}
+    assert {*strided, *leaves} == set(names)
+    assert_matches_reference(
+        problem._replace(tensors=problem.tensors | leaves, keywords=problem.keywords | strided)
+    )
+
+
 def _in_use(cu_seqlens: Tensor, counts: tuple[int, ...], total: int) -> Tensor:
     there = torch.zeros(total, dtype=torch.bool)
     for start, count in zip(cu_seqlens.tolist(), counts, strict=False):

@@ -52,12 +52,13 @@ def normalise(
     ids_q, ids_k = _document_pair(document_ids)
     operands = Operands(
         _unit_stride(q), _unit_stride(k), _unit_stride(v), _four_dims(bias), _four_dims(attn_mask),
-        alibi_slopes, learnable_sink, ids_q, ids_k,
+        alibi_slopes, _unit_stride(learnable_sink), ids_q, ids_k,
     )  # fmt: skip
-    longest = {"max_seqlen_q": host_int(max_seqlen_q), "max_seqlen_k": host_int(max_seqlen_k)}
+    where: dict[str, Any] = {name: _unit_stride(x) for name, x in sequences.items()}
+    longest = host_int(max_seqlen_q), host_int(max_seqlen_k)
     call = Call(
         operands,
-        Sequences(**sequences, **longest),  # type: ignore[arg-type]
+        Sequences(max_seqlen_q=longest[0], max_seqlen_k=longest[1], **where),
         Variant(
             scale_or_default(softmax_scale, q), left, right, float(softcap), float(dropout_p),
             deterministic or torch.are_deterministic_algorithms_enabled(),
@@ -108,8 +109,11 @@ def _refuse_forward_mode(call: Call) -> None:
             )
 
 
-def _unit_stride(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
+def _unit_stride(x: Any) -> Any:
+    """x, or a copy of a tensor whose last dimension has gaps: kernels ask for no such stride."""
+    if not isinstance(x, Tensor) or x.dim() == 0 or x.stride(-1) == 1 or x.shape[-1] <= 1:
+        return x
+    return x.contiguous()
 
 
 def _four_dims(x: Tensor | None) -> Tensor | None:

@@ -32,7 +32,10 @@ def key_of(given: tuple[Any, ...], tensors: Sequence[Tensor | None]) -> replays.
         q.dtype == k.dtype == v.dtype == torch.get_autocast_dtype("cuda")
     ):
         return None  # the operator casts them
-    return replays.key_of((given, ops.plan), tensors)
+    try:
+        return replays.key_of((given, ops.plan), tensors)
+    except RuntimeError:
+        return None  # a tensor that wraps another, left behind by a transform
 
 
 def again(key: replays.Key | None, tensors: Sequence[Tensor | None]) -> Any:

@@ -78,11 +78,12 @@ def run(
         return compute(tensors)
     # A tensor in two places is two tensors, since in the next call it may be.
     apart = [x.detach() if any(x is y for y in tensors[:i]) else x for i, x in enumerate(tensors)]
-    _thread.tape = tape = Tape(apart)
+    outer, tape = taping(), Tape(apart)
+    _thread.tape = tape
     try:
         found = compute(apart)
     finally:
-        _thread.tape = None
+        _thread.tape = outer
     keep(key, tape.replay(found))
     return found
 

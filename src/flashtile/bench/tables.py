@@ -71,7 +71,8 @@ def dense(results: Path) -> str:
 def _kernels(rows: list[Row]) -> str:
     """Whose figures are shown, in words."""
     names = {"triton": "the portable kernels", "hopper": "the Hopper kernels"}
-    return " and ".join(dict.fromkeys(names.get(row["backend"], row["backend"]) for row in rows))
+    backends = dict.fromkeys(str(row["backend"]) for row in rows)
+    return " and ".join(names.get(name, name) for name in backends)
 
 
 def _rate(row: Row | None) -> str:
