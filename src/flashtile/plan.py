@@ -77,7 +77,7 @@ class Plan:
     passed_over: tuple[tuple[str, str], ...] = ()  # better backends and why not
     kernels: KernelConfigs | None = None  # launches of the Triton backend
     nvidia: bool = False  # kernels may use PTX
-    hopper: HopperTile | None = None  # forward of the Hopper backend; its backward is Triton's
+    hopper: HopperTile | None = None  # forward of the Hopper backend
 
 
 def backends(device: Device) -> list[tuple[str, str | None]]:

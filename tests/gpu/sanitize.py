@@ -10,10 +10,11 @@ cases, default those below. TRITON_DISABLE_LINE_INFO=0 names the lines of kernel
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 
 import torch
 
-from flashtile.testing import CASES, run
+from flashtile.testing import CASES, Case, run
 
 NAMES = (
     "causal_longer_keys", "odd_head_dim", "wide_values", "window", "softcap_window_causal",
@@ -21,14 +22,35 @@ NAMES = (
     "varlen_dropout", "varlen_bias_mask", "paged_by_one", "paged_window_sink",
 )  # fmt: skip
 
+WIDE = ("causal_longer_keys", "documents", "varlen_cross_causal", "varlen_bias_mask",
+        "paged_window_sink")  # fmt: skip
+"""Again with head dim 128 and pages of 16, which the kernels for Hopper do."""
+
 
 def main(names: tuple[str, ...]) -> None:
     by_name = {case.name: case for case in CASES}
-    for name in names:
-        results = run(by_name[name].draw(1, torch.bfloat16, "cuda"))
+    wide = [_widened(by_name[name]) for name in WIDE if name in names]
+    for case in (*(by_name[name] for name in names), *wide):
+        results = run(case.draw(1, torch.bfloat16, "cuda"))
         torch.cuda.synchronize()
-        assert results.out.isfinite().all(), name
-        print(name, flush=True)
+        assert results.out.isfinite().all(), case.name
+        print(case.name, case.head_dim, flush=True)
+    _documents_of_sequences_without_keys()
+
+
+def _widened(case: Case) -> Case:
+    return replace(case, head_dim=128, page_size=16 if case.page_size else 0)
+
+
+def _documents_of_sequences_without_keys() -> None:
+    """The last sequence's keys begin where the tensor of their documents ends."""
+    problem = Case("keyless", lengths=((17, 40), (9, 0)), head_dim=128).draw(
+        1, torch.bfloat16, "cuda"
+    )
+    ids = [torch.zeros(n, dtype=torch.int32, device="cuda") for n in (26, 40)]
+    problem.keywords["document_ids"] = tuple(ids)
+    run(problem)
+    torch.cuda.synchronize()
 
 
 if __name__ == "__main__":

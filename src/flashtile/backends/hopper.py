@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
 
 import torch
@@ -35,14 +36,18 @@ __all__ = ["backward", "forward"]
 L2_BYTES = 32 * 2**20
 """What K and V of the heads whose tiles are taken together may fill: two thirds of an H200's L2."""
 
+MOST_UNIT = 2.0**27
+"""What scores may be counted in: the kernel's least maximum, -1e30 of it, must be finite."""
+
 COUNTERS = 4096
-"""Captured launches that find a counter cleared beforehand."""
+"""Streams and captured launches that find a counter cleared beforehand."""
 
 
 def forward(call: Call, plan: Plan) -> tuple[Tensor, Tensor]:
     """(out, lse) of a call; rows of no sequence and rows that see no key are 0 and -inf."""
-    if 0 in (x.numel() for x in call.operands[:3]) or _scattered(call):
-        return triton.forward(call, plan)  # TMA has no empty tensors
+    empty_operand = 0 in (x.numel() for x in call.operands[:3])  # TMA has none
+    if empty_operand or _scattered(call) or operands.score_unit(call) > MOST_UNIT:
+        return triton.forward(call, plan)
     call = _mapped(call)
     q, v = call.operands.q, call.operands.v
     out = empty((*q.shape[:-1], v.shape[-1]), q)
@@ -154,15 +159,22 @@ def _counter(kind: str, device: int) -> Tensor:
     if kind != "cuda":
         return torch.zeros(2, dtype=torch.int32, device=kind)
     if torch._C._cuda_isCurrentStreamCapturing():
-        spare = _spare.get(device)
-        return spare.pop() if spare else torch.zeros(2, dtype=torch.int32, device=device)
+        return _spare_counter(device)
     key = device, torch._C._cuda_getCurrentRawStream(device)
     found = _counters.get(key)
     if found is None:
         if device not in _spare:
-            _spare[device] = _cleared_counters(device)
-        found = _counters[key] = torch.zeros(2, dtype=torch.int32, device=device)
+            # By another thread: this one may be allocating in a graph's pool, as torch.compile does
+            # to warm up for "reduce-overhead", and there nothing but results may stay.
+            with ThreadPoolExecutor(1) as thread:
+                _spare[device] = thread.submit(_cleared_counters, device).result()
+        found = _counters[key] = _spare_counter(device)
     return found
+
+
+def _spare_counter(device: int) -> Tensor:
+    spare = _spare.get(device)
+    return spare.pop() if spare else torch.zeros(2, dtype=torch.int32, device=device)
 
 
 def _cleared_counters(device: int) -> list[Tensor]:

@@ -135,12 +135,14 @@ def skip_blocks(ring, i, skipped):
 
 
 @gluon.jit
-def readable(tile, span):
-    """(batch, span) for what reads tensors by a query's place. A tile without queries, which may be
-    of no sequence, attends with a block as well, and its output is cleared."""
-    batch = gl.where(tile.row < span.length, tile.batch, 0)
-    length = gl.maximum(span.length, 1)
-    return batch, Span(span.batch, span.row, span.start, length, span.room, span.leftpad)
+def readable(tile, q, k):
+    """(batch, q, k) for what reads tensors by the places of queries and keys. A tile without
+    queries, which may be of no sequence, or without keys, which may begin where a tensor ends,
+    attends with a block as well."""
+    batch = gl.where(tile.row < q.length, tile.batch, 0)
+    start = gl.where(k.length > 0, k.start, 0)
+    queries = Span(q.batch, q.row, q.start, gl.maximum(q.length, 1), q.room, q.leftpad)
+    return batch, queries, Span(k.batch, k.row, start, k.length, k.room, k.leftpad)
 
 
 @gluon.jit
@@ -150,8 +152,8 @@ def open_rows(tile, first, q_span, k_span, masks, TILE: gl.constexpr):
     # `visible` asks whether rows are negative: the compiler now knows that they are not.
     rows = (first + gl.arange(0, layouts.ROWS, layout)) & 0x7FFFFFFF
     seen = key_range(masks, first, first + (layouts.ROWS - 1), q_span, k_span)
-    batch, span = readable(tile, q_span)
-    at = At(batch, tile.head, first, 0, rows[:, None], 0, span, k_span)
+    batch, queries, keys = readable(tile, q_span, k_span)
+    at = At(batch, tile.head, first, 0, rows[:, None], 0, queries, keys)
     return Rows(at, seen.full_lo, seen.full_hi), seen.hi
 
 

@@ -1,0 +1,205 @@
+"""What only the kernels for Hopper can get wrong: tiles, tensor maps, the order of work.
+
+Head dims that they do, one for each kind of tile; the features themselves are tested elsewhere.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from flashtile import (
+    flash_attn_func,
+    flash_attn_varlen_func,
+    flash_attn_with_kvcache,
+    reference,
+)
+from flashtile.testing import (
+    Case,
+    assert_matches_reference,
+    assert_within_budget,
+    poisoned_allocations,
+    run,
+)
+
+pytestmark = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0),
+    reason="needs a Hopper GPU (sm_90)",
+)
+
+BF16 = torch.bfloat16
+
+LENGTHS = ((1, 1), (64, 63), (65, 129), (130, 40), (128, 300), (0, 5), (7, 0), (257, 257), (3, 0))
+"""Tiles of which either warpgroup, or one, or none has queries, or keys."""
+
+TILES = [(64, 64, 512), (64, 64, 8192), (128, 128, 512), (192, 128, 512), (256, 256, 512)]
+"""(head_dim, head_dim_v, max_seqlen): a large bound chooses the tile of long sequences."""
+
+
+@pytest.fixture(autouse=True)
+def _only_hopper(backend: str) -> None:
+    if backend != "hopper":
+        pytest.skip("the portable kernels have tests of their own")
+
+
+def _ints(*values: int) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32, device="cuda")
+
+
+def _randn(*shape: int) -> Tensor:
+    return torch.randn(shape, device="cuda", dtype=BF16)
+
+
+@pytest.mark.parametrize(
+    "features", [{}, {"causal": True}, {"window_size": (40, 10)}, {"window_size": (9, -1)}], ids=str
+)
+@pytest.mark.parametrize(("dim", "dim_v", "bound"), TILES, ids=str)
+def test_packed_lengths(dim: int, dim_v: int, bound: int, features: dict[str, Any]) -> None:
+    """Rows past the last offset, sequences without queries or keys, warpgroups that pass over
+    different blocks, rows that see nothing in their tile's first blocks."""
+    case = Case("tile", heads=6, head_dim=dim, head_dim_v=dim_v, lengths=LENGTHS, features=features,
+                tensors=("learnable_sink",))  # fmt: skip
+    problem = case.draw(dim, BF16, "cuda")
+    problem.keywords.update(max_seqlen_q=bound, max_seqlen_k=bound)
+    problem.tensors["q"] = torch.cat((problem.tensors["q"], torch.full_like(
+        problem.tensors["q"][:70], math.nan)))  # fmt: skip
+    with poisoned_allocations():
+        results = assert_matches_reference(problem)
+    assert results.out[-70:].eq(0).all()
+    assert results.lse[:, -70:].eq(-math.inf).all()
+
+
+def test_documents_of_sequences_without_keys() -> None:
+    """The last key's id is the last of its tensor; a query past it has none to read."""
+    lengths = ((130, 200), (70, 0))
+    case = Case("ids", lengths=lengths, head_dim=128, features={"causal": True})
+    problem = case.draw(3, BF16, "cuda")
+    ids = (torch.arange(200, device="cuda") // 70, torch.arange(200, device="cuda") // 70)
+    problem.keywords["document_ids"] = tuple(x.int() for x in ids)
+    results = assert_matches_reference(problem)
+    assert results.out[130:].eq(0).all()
+
+
+@pytest.mark.parametrize("size", [8, 16, 64, 128, 384])
+@pytest.mark.parametrize(("dim", "dim_v"), [(64, 64), (96, 96), (192, 128), (256, 256)], ids=str)
+def test_pages(dim: int, dim_v: int, size: int) -> None:
+    """The bits of the same keys without pages. What a page has after a sequence's end is NaN, and
+    entries of the table past its last page are no pages."""
+    lengths = (1, 130, 0, 700, 385)
+    widest = max(-(-n // size) for n in lengths)
+    starts = [0, *torch.tensor(lengths).cumsum(0).tolist()]
+    keys, values = _randn(starts[-1], 2, dim), _randn(starts[-1], 2, dim_v)
+    pools = [x.new_full((5 * widest, size, *x.shape[1:]), math.nan) for x in (keys, values)]
+    table = torch.full((5, widest + 1), -1, dtype=torch.int32, device="cuda")
+    pages = iter(torch.randperm(5 * widest).tolist())
+    for row, length in enumerate(lengths):
+        for at in range(0, length, size):
+            page, n = next(pages), min(size, length - at)
+            table[row, at // size] = page
+            for pool, x in zip(pools, (keys, values), strict=True):
+                pool[page, :n] = x[starts[row] + at : starts[row] + at + n]
+    q, cu_q = _randn(5 * 70, 4, dim), _ints(*range(0, 351, 70))
+    bounds = {"max_seqlen_q": 70, "max_seqlen_k": 1000, "causal": True}
+    expected = flash_attn_varlen_func(q, keys, values, cu_q, _ints(*starts), **bounds)
+    with poisoned_allocations():
+        found = flash_attn_varlen_func(
+            q, *pools, cu_q, None, seqused_k=_ints(*lengths), block_table=table, **bounds
+        )
+    assert torch.equal(found, expected)
+
+
+def _cache(layout: str, dim: int) -> Tensor:
+    """(5, 300, 2, dim), as caches lie in memory."""
+    if layout == "heads_first":
+        return _randn(5, 2, 300, dim).transpose(1, 2)
+    if layout == "first_slots":  # gaps between rows
+        return _randn(5, 400, 2, dim)[:, :300]
+    if layout == "one_row":  # shared by all
+        return _randn(1, 300, 2, dim).expand(5, 300, 2, dim)
+    if layout == "one_head":
+        return _randn(5, 300, 1, dim).expand(5, 300, 2, dim)
+    return _randn(5, 300, 2, dim)
+
+
+@pytest.mark.parametrize(
+    "layout", ["contiguous", "heads_first", "first_slots", "one_row", "one_head"]
+)
+@pytest.mark.parametrize("dim", [128, 256])
+def test_caches(layout: str, dim: int) -> None:
+    """Every way to lie in memory, with rows that are read twice, and slots before the first token:
+    one row has no other slots."""
+    q, caches = _randn(5, 70, 4, dim), [_cache(layout, dim) for _ in range(2)]
+    keywords: dict[str, Any] = {
+        "cache_seqlens": _ints(300, 77, 300, 0, 129), "cache_leftpad": _ints(0, 13, 300, 0, 1),
+        "cache_batch_idx": _ints(4, 0, 4, 2, 2), "causal": True,
+    }  # fmt: skip
+    golden, _, _ = reference.attention_with_kvcache(q, *caches, **keywords)
+    eager, _, _ = reference.attention_with_kvcache(q, *caches, **keywords, dtype=None)
+    with poisoned_allocations():
+        found = flash_attn_with_kvcache(q, *caches, **keywords)
+    assert_within_budget(found, eager.out, golden.out)
+
+
+@pytest.mark.parametrize("features", [{"softmax_scale": 1e9}, {"softcap": 1e9}], ids=str)
+def test_large_units(features: dict[str, Any]) -> None:
+    """Scores near 1 whose unit is not: rows that see nothing in their first block stay finite."""
+    case = Case("unit", 200, 301, head_dim=128, features={"window_size": (20, 20), **features})
+    problem = case.draw(5, BF16, "cuda")
+    if "softmax_scale" in features:
+        problem.tensors["q"] *= 1e-10
+    assert_matches_reference(problem)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(("dim", "length"), [(64, 500), (64, 2100), (128, 500), (256, 500)])
+def test_more_tiles_than_ctas(dim: int, length: int, causal: bool) -> None:
+    """A head's bits do not depend on what else there is to do, nor on launches before."""
+    q, k, v = (_randn(3, length, 60, dim) for _ in range(3))
+    alone = [x[1:2, :, 17:18].contiguous() for x in (q, k, v)]
+    expected, expected_lse = flash_attn_func(*alone, causal=causal, return_lse=True)
+    for _ in range(10):
+        with poisoned_allocations():
+            out, lse = flash_attn_func(q, k, v, causal=causal, return_lse=True)
+        assert torch.equal(out[1:2, :, 17:18], expected)
+        assert torch.equal(lse[1:2, 17:18], expected_lse)
+        assert out.isfinite().all()
+
+
+def _leave_nan_in_freed_memory() -> None:
+    """For what is allocated next. `poisoned_allocations` asks for deterministic algorithms, and so
+    for the portable backward."""
+    sizes = (2**17, 2**17, 2**24, 2**24)  # of torch's pools for small and large tensors
+    held = [torch.full((n,), math.nan, device="cuda") for n in sizes for _ in range(8)]
+    del held
+
+
+@pytest.mark.parametrize(
+    "features", [{}, {"causal": True}, {"window_size": (9, -1)}, {"window_size": (10, 10)}], ids=str
+)
+@pytest.mark.parametrize("dim", [64, 128])
+def test_gradients_at_edges_of_tiles(dim: int, features: dict[str, Any]) -> None:
+    """Lengths around 64 and 128, a group of three; keys that no query sees get exactly 0."""
+    for seqlen_q, seqlen_k in ((1, 1), (65, 129), (127, 1), (200, 64), (64, 600), (600, 64)):
+        case = Case("edge", seqlen_q, seqlen_k, heads=6, head_dim=dim, features=features)
+        problem = case.draw(seqlen_q, BF16, "cuda")
+        _leave_nan_in_freed_memory()
+        results = assert_matches_reference(problem)
+        if (seqlen_q, features.get("window_size")) == (64, (10, 10)):
+            for name in ("k", "v"):
+                assert results.grads[name][:, :500].eq(0).all()
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+def test_gradients_of_keys_repeat(dim: int) -> None:
+    """dK and dV are summed in one order; dQ is not."""
+    problem = Case("bits", 515, 643, heads=24, kv_heads=8, head_dim=dim,
+                   features={"causal": True}).draw(9, BF16, "cuda")  # fmt: skip
+    expected = run(problem)
+    for _ in range(20):
+        found = run(problem)
+        assert torch.equal(found.out, expected.out)
+        assert all(torch.equal(found.grads[n], expected.grads[n]) for n in "kv")
