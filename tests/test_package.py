@@ -87,7 +87,7 @@ def test_functions_fit_a_screen(path: Path) -> None:
 
 @pytest.mark.parametrize("command", [("ruff", "check"), ("ruff", "format", "--check"), ("mypy",)])
 def test_is_clean(command: tuple[str, ...]) -> None:
-    arguments = [] if command[0] == "mypy" else ["src", "tests", "benchmarks"]
+    arguments = [] if command[0] == "mypy" else ["src", "tests", "benchmarks", "examples"]
     done = subprocess.run(
         [sys.executable, "-m", *command, *arguments], cwd=ROOT, capture_output=True, text=True,
         check=False,

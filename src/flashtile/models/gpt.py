@@ -2,19 +2,20 @@
 
 The attention function is an argument: anything that takes q (batch, seqlen, heads, head_dim), k and
 v with kv_heads, and `causal=True`. Two models that differ in nothing else show whether two
-attention functions agree.
+attention functions agree. With a `KVCache` it is `flash_attn_with_kvcache`, which also rotates.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flashtile.api import flash_attn_func
+from flashtile.api import flash_attn_func, flash_attn_with_kvcache
 from flashtile.rotary import rotate
 
 Attention = Callable[..., Tensor]
@@ -35,6 +36,18 @@ class GPTConfig:
         return self.heads * self.head_dim
 
 
+class KVCache(NamedTuple):
+    """Keys and values of the tokens so far, in pages that block_table finds."""
+
+    k: Tensor  # (layers, pages, page_size, kv_heads, head_dim), of one layer without the first
+    v: Tensor
+    block_table: Tensor  # (batch, max_pages) int32 page numbers
+    seqlens: Tensor  # (batch,) int32 tokens so far
+
+    def layer(self, index: int) -> KVCache:
+        return self._replace(k=self.k[index], v=self.v[index])
+
+
 class SelfAttention(nn.Module):
     """Causal self-attention with fewer KV heads than query heads."""
 
@@ -48,16 +61,23 @@ class SelfAttention(nn.Module):
         self.v = nn.Linear(config.width, kv_width, bias=False)
         self.out = nn.Linear(config.width, config.width, bias=False)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """x: (batch, seqlen, width); cos, sin: (seqlen, head_dim / 2)."""
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None = None) -> Tensor:
+        """x: (batch, seqlen, width); cos, sin: (positions, head_dim / 2); cache: this layer's."""
         q, k, v = (
             project(x).unflatten(-1, (-1, self.head_dim)) for project in (self.q, self.k, self.v)
         )
-        positions = torch.arange(x.shape[1], device=x.device)[None]
-        q, k = (rotate(each, cos, sin, positions, interleaved=False) for each in (q, k))
         # Normalised queries and keys keep the scores small, so that high learning rates are stable.
-        q, k = (F.rms_norm(each, (self.head_dim,)) for each in (q, k))
-        return self.out(self.attention(q, k, v, causal=True).flatten(-2))
+        q, k = (_norm(each) for each in (q, k))
+        if cache is None:
+            positions = torch.arange(x.shape[1], device=x.device)[None]
+            q, k = (rotate(each, cos, sin, positions, interleaved=False) for each in (q, k))
+            seen = self.attention(q, k, v, causal=True)
+        else:
+            seen = flash_attn_with_kvcache(
+                q, cache.k, cache.v, k, v, cos, sin, cache.seqlens, block_table=cache.block_table,
+                causal=True, rotary_interleaved=False,
+            )  # fmt: skip
+        return self.out(seen.flatten(-2))
 
 
 class Block(nn.Module):
@@ -69,8 +89,8 @@ class Block(nn.Module):
         self.up = nn.Linear(config.width, 4 * config.width, bias=False)
         self.down = nn.Linear(4 * config.width, config.width, bias=False)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        x = x + self.attention(_norm(x), cos, sin)
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None = None) -> Tensor:
+        x = x + self.attention(_norm(x), cos, sin, cache)
         return x + self.down(F.relu(self.up(_norm(x))).square())
 
 
@@ -100,10 +120,11 @@ class GPT(nn.Module):
                 nn.init.normal_(parameter, std=self.config.width**-0.5)
         nn.init.normal_(self.embedding.weight, std=0.02)
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
+        """With a cache, tokens follow those in it, and their keys and values are appended to it."""
         x = _norm(self.embedding(tokens))
-        for block in self.blocks:
-            x = block(x, self.cos, self.sin)
+        for i, block in enumerate(self.blocks):
+            x = block(x, self.cos, self.sin, None if cache is None else cache.layer(i))
         return F.linear(_norm(x), self.embedding.weight)
 
     def loss(self, tokens: Tensor) -> Tensor:
@@ -118,14 +139,19 @@ class GPT(nn.Module):
     ) -> Tensor:  # fmt: skip
         """tokens (batch, seqlen), and after them `count` sampled ones, or likeliest at 0."""
         for _ in range(count):
-            logits = self(tokens[:, -self.config.seqlen :])[:, -1].float()
-            if temperature == 0.0:
-                following = logits.argmax(-1, keepdim=True)
-            else:
-                p = (logits / temperature).softmax(-1)
-                following = torch.multinomial(p, 1, generator=generator)
-            tokens = torch.cat((tokens, following), dim=1)
+            logits = self(tokens[:, -self.config.seqlen :])[:, -1]
+            following = sample(logits, temperature, generator)
+            tokens = torch.cat((tokens, following[:, None]), dim=1)
         return tokens
+
+
+def sample(logits: Tensor, temperature: float, generator: torch.Generator | None) -> Tensor:
+    """Tokens (batch,) drawn from logits (batch, vocab_size), or the likeliest at 0."""
+    if temperature == 0.0:
+        return logits.argmax(-1)
+    p = (logits.float() / temperature).softmax(-1)
+    # The smallest of exponential times with rates p; torch.multinomial would wait for the device.
+    return (p / torch.empty_like(p).exponential_(generator=generator)).argmax(-1)
 
 
 def _norm(x: Tensor) -> Tensor:
