@@ -38,14 +38,6 @@ class Keys(NamedTuple):
 
 
 @gluon.jit
-def opaque_of(x):
-    """x, of which the compiler knows nothing more."""
-    return gl.inline_asm_elementwise(
-        "mov.b32 $0, $1;", "=r,r", [x], dtype=gl.int32, is_pure=True, pack=1
-    )
-
-
-@gluon.jit
 def probabilities(s, lse2, keys, head, first_q, variant, unit, TILE: gl.constexpr):
     """(p, slope of the score mods) of a block, from its raw scores, both (64, BLOCK_M).
 
@@ -53,7 +45,7 @@ def probabilities(s, lse2, keys, head, first_q, variant, unit, TILE: gl.constexp
     """
     BLOCK_M: gl.constexpr = TILE.block_m
     columns = gl.arange(0, BLOCK_M, layouts.columns_of(layouts.accumulator(BLOCK_M)))[None, :]
-    own, constants = opaque_of(first_q + (columns & 6)), columns & -7
+    own, constants = layouts.opaque(first_q + (columns & 6)), columns & -7
     at, slope = keys.at, 1.0
     if len(variant.score_mods) > 0:
         here = At(at.batch, head, first_q, at.first_k, own + constants, at.k_idx, at.q, at.k)
@@ -65,12 +57,6 @@ def probabilities(s, lse2, keys, head, first_q, variant, unit, TILE: gl.constexp
         relative = At(at.batch, head, 0, at.first_k, constants, at.k_idx, q, at.k)
         p = gl.where(visible(variant.masks, relative), p, 0.0)
     return p, slope
-
-
-@gluon.jit
-def as_operand(x, dtype: gl.constexpr, TILE: gl.constexpr):
-    layout: gl.constexpr = layouts.operand(layouts.accumulator(TILE.padded))
-    return gl.convert_layout(x.to(dtype), layout, assert_trivial=True)
 
 
 @gluon.jit
@@ -118,7 +104,7 @@ def gradient_step(grads, side, blocks, i, keys, head, first_q, variant, unit,
         lse2 = blocks.load_lse(i, of_queries)
         s = warpgroup_mma_wait(0, deps=[s_token])
         p, slope = probabilities(s, lse2, keys, head, first_q, variant, unit, TILE)
-        p_operand, weight = as_operand(p, q.dtype, TILE), p * slope
+        p_operand, weight = layouts.as_operand(p, q.dtype, TILE.padded), p * slope
         dp_token = multiply_values(side, do, zeros, WARPGROUP)
     else:
         dp_token = multiply_values(side, do, zeros, WARPGROUP)
@@ -129,16 +115,16 @@ def gradient_step(grads, side, blocks, i, keys, head, first_q, variant, unit,
             lse2 = blocks.load_lse(i, of_queries)
         p, weight = probabilities(s, lse2, keys, head, first_q, variant, unit, TILE)
         if SLOPES:
-            p_operand, weight = as_operand(p, q.dtype, TILE), p * weight
+            p_operand, weight = layouts.as_operand(p, q.dtype, TILE.padded), p * weight
         else:
             weight = p
     # The exponentials pass through the wait: ptxas would start it before them.
     dp, weight = warpgroup_mma_wait(0, deps=[dp_token, weight])
     if not SLOPES:
-        p_operand = as_operand(weight, q.dtype, TILE)
+        p_operand = layouts.as_operand(weight, q.dtype, TILE.padded)
     delta = blocks.load_delta(i, of_queries)
     ds = (weight * (dp - delta[None, :])).to(q.dtype)
-    ds_operand = as_operand(ds, q.dtype, TILE)
+    ds_operand = layouts.as_operand(ds, q.dtype, TILE.padded)
     side.ds_of(i, WARPGROUP).store(ds)
     dv_token = warpgroup_mma(p_operand, do, grads.v, is_async=True)
     fence_async_shared()

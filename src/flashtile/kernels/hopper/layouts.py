@@ -38,3 +38,17 @@ def partial_row_sums(p):
     """(64, 4): of each thread's own columns. The four meet once, after the last block."""
     pairs = gl.sum(p.reshape(p.shape[0], p.shape[1] // 8, 4, 2), 3)
     return gl.sum(pairs, 1)
+
+
+@gluon.jit
+def as_operand(x, dtype: gl.constexpr, COLUMNS: gl.constexpr):
+    """An accumulator, rounded, as the left operand of a product with COLUMNS columns."""
+    return gl.convert_layout(x.to(dtype), operand(accumulator(COLUMNS)), assert_trivial=True)
+
+
+@gluon.jit
+def opaque(x):
+    """x, of which the compiler knows nothing more."""
+    return gl.inline_asm_elementwise(
+        "mov.b32 $0, $1;", "=r,r", [x], dtype=gl.int32, is_pure=True, pack=1
+    )

@@ -90,14 +90,6 @@ def multiply_keys(query, keys, TILE: gl.constexpr):
         return warpgroup_mma(query.tile.slice(COLUMNS, LEFT, dim=1), rest, s, is_async=True)
 
 
-@gluon.jit
-def _opaque(x):
-    """x, of which the compiler knows nothing more."""
-    return gl.inline_asm_elementwise(
-        "mov.b32 $0, $1;", "=r,r", [x], dtype=gl.int32, is_pure=True, pack=1
-    )
-
-
 KEYS = Mask._fields.index("keys")  # names of fields do not reach a constexpr_function
 
 
@@ -116,17 +108,17 @@ def _reads_matrix(mods):
 def block_columns(first_k, BLOCK_N: gl.constexpr):
     """(1, BLOCK_N) keys of a block, as a thread's own first one and constants.
 
-    Without `_opaque` the compiler would keep them all in registers from block to block: 72 bytes of
+    Without `opaque` the compiler would keep them all in registers from block to block: 72 bytes of
     spills at head dim 64 with three warpgroups.
     """
     columns = gl.arange(0, BLOCK_N, layouts.columns_of(layouts.accumulator(BLOCK_N)))[None, :]
-    return _opaque(first_k + (columns & 6)), columns & -7
+    return layouts.opaque(first_k + (columns & 6)), columns & -7
 
 
 @gluon.jit
 def block_at(at, first_k, BLOCK_N: gl.constexpr):
     """`at` with the keys of a block, which the compiler knows to lie side by side."""
-    first_k = gl.multiple_of(_opaque(first_k), BLOCK_N)
+    first_k = gl.multiple_of(layouts.opaque(first_k), BLOCK_N)
     columns = gl.arange(0, BLOCK_N, layouts.columns_of(layouts.accumulator(BLOCK_N)))[None, :]
     k_idx = first_k.to(gl.int64) + columns.to(gl.int64)
     return At(at.batch, at.head, at.first_q, first_k, at.q_idx, k_idx, at.q, at.k)
@@ -195,16 +187,10 @@ def drop_block(p, variant, rows, place, TILE: gl.constexpr):
     """Dropout of a block's probabilities, after their sums. The words of a Philox block are where
     the eight elements are that they serve."""
     if len(variant.dropouts) > 0:
-        at, first_k = rows.at, _opaque(first_key(variant.blocks, place))
+        at, first_k = rows.at, layouts.opaque(first_key(variant.blocks, place))
         here = At(at.batch, at.head, at.first_q, first_k, at.q_idx, 0, at.q, at.k)
         p = drop(variant.dropouts[0], p, accumulator_words(variant.dropouts[0], here, TILE.block_n))
     return p
-
-
-@gluon.jit
-def as_operand(p, dtype: gl.constexpr, TILE: gl.constexpr):
-    layout: gl.constexpr = layouts.operand(layouts.accumulator(TILE.padded_v))
-    return gl.convert_layout(p.to(dtype), layout, assert_trivial=True)
 
 
 @gluon.jit
@@ -252,7 +238,7 @@ def start_softmax(query, ring, places, i, place, rows, variant, unit, TILE: gl.c
     )
     return Softmax(
         m, sums, gl.zeros([layouts.ROWS, PADDED], gl.float32, acc),
-        as_operand(p, keys.dtype, TILE), one, 0,
+        layouts.as_operand(p, keys.dtype, TILE.padded_v), one, 0,
     )  # fmt: skip
 
 
@@ -282,7 +268,7 @@ def softmax_step(state, query, ring, places, i, place, rows, variant, unit,
     l = state.l * sums + layouts.partial_row_sums(p)
     p = drop_block(p, variant, rows, place, TILE)
     acc = warpgroup_mma_wait(0, deps=[acc_token])
-    p = as_operand(p, keys.dtype, TILE)
+    p = layouts.as_operand(p, keys.dtype, TILE.padded_v)
     ring.release(i + 1)
     if not TILE.lazy_rescale:
         acc = rescale(acc, alpha, grown, TILE)
