@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from flashtile.problem import ELEMENTWISE, AttentionProblem
-from flashtile.tiles import SHARED_LIMIT
 
 DIMS = (64, 128, 256)
 """Head dims that the kernel is compiled for; others are padded up by TMA's zero fill."""
@@ -157,6 +156,3 @@ def forward_tile(problem: AttentionProblem) -> HopperTile:
     if p.head_dim_v <= 128:
         return _D192_MATRIX if narrow else _D192
     return _D256_MATRIX if narrow else _D256
-
-
-assert all(tile.shared_bytes + 256 <= SHARED_LIMIT["sm_90"] for tile in TILES)

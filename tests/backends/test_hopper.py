@@ -13,7 +13,7 @@ from torch import Tensor
 from flashtile import hopper_tiles
 from flashtile.api import normalise
 from flashtile.backends import hopper, tensormaps
-from flashtile.hopper_backward_tiles import cannot_backward
+from flashtile.hopper_backward_tiles import backward_tile, cannot_backward
 from flashtile.hopper_tiles import TILES, cannot, forward_tile, padded_dim
 from flashtile.plan import Device, plan
 from flashtile.problem import AttentionProblem, describe
@@ -71,6 +71,9 @@ def test_tiles_fit_and_do_not_depend_on_lengths_alone() -> None:
         assert tile.shared_bytes + 256 <= 232_448
         assert tile.slots + (tile.warpgroups if tile.turns else 0) <= 9
         assert tile.frees_queries in ("loaded", "read", "stored")
+    for dim in (64, 128):
+        tile = backward_tile(replace(LLAMA, head_dim=dim, head_dim_v=dim))
+        assert tile.shared_bytes + 256 <= 232_448
     short = replace(LLAMA, head_dim=64, head_dim_v=64, seqlen_q=512, seqlen_k=512)
     long = replace(short, seqlen_q=16384, seqlen_k=16384)
     assert (forward_tile(short).warpgroups, forward_tile(long).warpgroups) == (2, 3)

@@ -25,7 +25,7 @@ from flashtile.backends.tensormaps import (
 )
 from flashtile.hopper_tiles import HopperTile
 from flashtile.kernels.hopper import forward as kernels
-from flashtile.kernels.hopper import words
+from flashtile.kernels.hopper import layouts, words
 from flashtile.kernels.hopper.scheduler import Work
 from flashtile.kernels.numbers import opaque
 from flashtile.plan import Plan
@@ -59,17 +59,13 @@ def forward(call: Call, plan: Plan) -> tuple[Tensor, Tensor]:
 def forward_launch(call: Call, plan: Plan, out: Tensor, lse: Tensor) -> Launch:
     if plan.hopper is None:
         raise ValueError(f"plan.hopper is None; the plan is for the {plan.backend} backend")
-    return launch_of(call, plan.hopper, out, lse)
-
-
-def launch_of(call: Call, tile: HopperTile, out: Tensor, lse: Tensor) -> Launch:
-    q, k, v = call.operands[:3]
+    tile, (q, k, v) = plan.hopper, call.operands[:3]
     a = operands.arguments(call)
     variant = operands.variant(call, True, blocklists.by_queries(call))
     if variant.dropouts:
         dropout = variant.dropouts[0]._replace(multiply=words.multiply)
         variant = variant._replace(dropouts=(dropout,))
-    rows = 64
+    rows = layouts.ROWS.value
     queries = _maps(ragged_q(call), rows, (q, tile.padded))
     keys = _maps(ragged_k(call), tile.block_n, (k, tile.padded), (v, tile.padded_v))
     if call.sequences.block_table is not None:
@@ -77,7 +73,7 @@ def launch_of(call: Call, tile: HopperTile, out: Tensor, lse: Tensor) -> Launch:
     outputs = _maps(call.varlen, rows, (out, tile.padded_v))
     work = _work(call, tile)
     return Launch(
-        kernels.attention_forward, min(_ctas(q.device), _count(call, tile)),
+        kernels.attention_forward, min(_ctas(q.device), triton.query_grid(call, tile.block_m)),
         (*queries, *keys, *outputs, row_view(lse), a.q_seq, a.k_seq, variant,
          call.operands.learnable_sink, a.scale, a.heads, work, tile),
     )  # fmt: skip
@@ -108,14 +104,6 @@ def _maps(ragged: bool, rows: int, *tensors: tuple[Tensor, int]) -> list[TensorD
         return [ragged_map(x, rows, padded) for x, padded in tensors]
     folded = all(folds(x, padded) for x, padded in tensors)
     return [tensor_map(x, rows, padded, folded) for x, padded in tensors]
-
-
-def _count(call: Call, tile: HopperTile) -> int:
-    """Tiles of all sequences; of packed ones as many as there may be."""
-    heads = call.operands.q.shape[-2]
-    if call.varlen:
-        return (call.operands.q.shape[0] // tile.block_m + call.batch + 1) * heads
-    return -(-call.seqlen_q // tile.block_m) * call.batch * heads
 
 
 def _work(call: Call, tile: HopperTile) -> Work:

@@ -10,13 +10,13 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from flashtile.backends import operands, triton
 from flashtile.backends.launch import Launch, run
 from flashtile.backends.operands import row_view, token_view
-from flashtile.backends.replays import empty, make
+from flashtile.backends.replays import empty
 from flashtile.backends.tensormaps import folds, mapped, numbers_map, tensor_map
 from flashtile.backends.torch import Gradients
 from flashtile.hopper_backward_tiles import HopperBackwardTile, backward_tile, cannot_backward
 from flashtile.kernels.forward import Heads
 from flashtile.kernels.hopper import backward as kernels
-from flashtile.kernels.hopper import prepare, query_gradients
+from flashtile.kernels.hopper import layouts, prepare, query_gradients
 from flashtile.kernels.numbers import opaque
 from flashtile.plan import Plan
 from flashtile.problem import Call, describe
@@ -25,7 +25,7 @@ L2_BYTES = 24 * 2**20
 """What dQ's fp32 sums of the heads whose tiles are taken together may fill: half of an H200's
 L2."""
 
-ROWS = 64
+ROWS = layouts.ROWS.value
 """Keys of a warpgroup."""
 
 
@@ -55,27 +55,21 @@ def backward(
     tile = backward_tile(problem)
     space = workspace(call, tile, lse)
     wants_sink = needs[4] and call.operands.learnable_sink is not None
-    shares = empty((_query_blocks(call, tile),), lse) if wants_sink else None
+    shares = empty((triton.query_grid(call, tile.block_m),), lse) if wants_sink else None
     dq, dk, dv = (empty(x.shape, x) for x in call.operands[:3])
     run(prepare_launch(call, tile, space, out, dout, lse, dlse, shares))
     run(gradient_launch(call, tile, space, dout, dk, dv))
     run(finish_launch(call, tile, space, dq))
     dsink = None
     if shares is not None and (logits := call.operands.learnable_sink) is not None:
-        batch, heads, dtype = call.batch, logits.shape[0], logits.dtype
-        dsink = make(lambda x: x.view(batch, heads, -1).sum((0, 2)).to(dtype), shares)
+        dsink = triton.sink_gradient(call, logits, shares)
     return Gradients(dq, dk, dv, None, dsink)
 
 
 def workspace(call: Call, tile: HopperBackwardTile, like: Tensor) -> Workspace:
-    blocks = _query_blocks(call, tile)
+    blocks = triton.query_grid(call, tile.block_m)
     rows = empty((2 * blocks, tile.block_m), like)
     return Workspace(rows, empty((blocks * tile.block_m * tile.padded // 256, 256), like))
-
-
-def _query_blocks(call: Call, tile: HopperBackwardTile) -> int:
-    """Of all heads of all sequences, as `open_tile` counts them."""
-    return -(-call.seqlen_q // tile.block_m) * call.batch * call.operands.q.shape[-2]
 
 
 def prepare_launch(
@@ -83,12 +77,10 @@ def prepare_launch(
     dlse: Tensor | None, shares: Tensor | None,
 ) -> Launch:  # fmt: skip
     """Fill the workspace; this call's shares of dsink, if they are asked for."""
-    if dlse is not None and not dlse.is_contiguous():
-        dlse = make(Tensor.contiguous, dlse)
     return Launch(
-        prepare.prepare_backward, _query_blocks(call, tile),
+        prepare.prepare_backward, triton.query_grid(call, tile.block_m),
         (token_view(out), token_view(dout), row_view(lse),
-         None if dlse is None else row_view(dlse), space.rows, space.acc,
+         triton.gradient_rows(dlse), space.rows, space.acc,
          None if shares is None else call.operands.learnable_sink, shares,
          operands.query_sequences(call), operands.arguments(call).heads, tile),
     )  # fmt: skip
@@ -101,7 +93,7 @@ def gradient_launch(
     q, k, v = call.operands[:3]
     a, padded = operands.arguments(call), tile.padded
     return Launch(
-        kernels.attention_backward, _key_tiles(call, tile) * call.batch * k.shape[-2],
+        kernels.attention_backward, triton.key_grid(call, tile.block_n),
         (_heads_map(q, tile.block_m, padded), _heads_map(k, ROWS, padded),
          _heads_map(v, ROWS, padded), _heads_map(dout, tile.block_m, padded),
          numbers_map(space.rows, 1), numbers_map(space.acc, 16),
@@ -118,13 +110,9 @@ def finish_launch(call: Call, tile: HopperBackwardTile, space: Workspace, dq: Te
     """dQ from its sums."""
     a = operands.arguments(call)
     return Launch(
-        query_gradients.finish_query_gradient, _query_blocks(call, tile),
+        query_gradients.finish_query_gradient, triton.query_grid(call, tile.block_m),
         (space.acc, token_view(dq), a.q_seq, a.scale, a.heads, tile),
     )  # fmt: skip
-
-
-def _key_tiles(call: Call, tile: HopperBackwardTile) -> int:
-    return -(-call.seqlen_k // tile.block_n)
 
 
 def _work(call: Call, tile: HopperBackwardTile, opened: Heads) -> kernels.KeyWork:
@@ -134,6 +122,5 @@ def _work(call: Call, tile: HopperBackwardTile, opened: Heads) -> kernels.KeyWor
         # Longest first over as many heads as leave their sums of dQ in L2.
         per_pair = 4 * tile.padded * call.seqlen_q * (heads // kv_heads)
         together = min(pairs, max(1, L2_BYTES // per_pair))
-    blocks = -(-call.seqlen_q // tile.block_m)
-    tiles = opaque(_key_tiles(call, tile))
-    return kernels.KeyWork(tiles, opaque(blocks), opaque(pairs), opaque(together), opened)
+    tiles, blocks = -(-call.seqlen_k // tile.block_n), -(-call.seqlen_q // tile.block_m)
+    return kernels.KeyWork(opaque(tiles), opaque(blocks), opaque(pairs), opaque(together), opened)

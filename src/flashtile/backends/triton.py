@@ -22,6 +22,7 @@ from flashtile.kernels import backward as backward_kernels
 from flashtile.kernels import bias as bias_kernels
 from flashtile.kernels import forward as forward_kernels
 from flashtile.kernels import prepare
+from flashtile.kernels.views import RowView
 from flashtile.plan import Plan
 from flashtile.problem import Call
 from flashtile.tiles import KernelConfig, KernelConfigs
@@ -46,7 +47,7 @@ def forward_launch(call: Call, plan: Plan, out: Tensor, lse: Tensor) -> Launch:
     tile = operands.tile(call, configs.forward, _precision())
     return Launch(
         forward_kernels.attention_forward,
-        _query_grid(call, configs.forward.block_q),
+        query_grid(call, configs.forward.block_q),
         (a.q, a.k, a.v, token_view(out), row_view(lse), a.q_seq, a.k_seq, variant,
          call.operands.learnable_sink, a.scale, a.heads, tile),
         configs.forward.num_warps, configs.forward.num_stages,
@@ -104,11 +105,13 @@ def _precision() -> str:
     return "tf32" if switches.allow_tf32 else "ieee"
 
 
-def _query_grid(call: Call, block: int) -> int:
+def query_grid(call: Call, block: int) -> int:
+    """Tiles of queries of all heads of all sequences."""
     return _tiles(call.operands.q, call.varlen, call.batch, block) * call.operands.q.shape[-2]
 
 
-def _key_grid(call: Call, block: int) -> int:
+def key_grid(call: Call, block: int) -> int:
+    """Tiles of keys of all KV heads of all sequences."""
     k = call.operands.k
     return _tiles(k, k.dim() == 3, call.batch, block) * k.shape[-2]
 
@@ -129,22 +132,32 @@ def _prepare(
     sink: bool,
 ) -> Tensor | None:
     """Fill what all gradients share, delta and lse in log2 units; dsink, if it is asked for."""
-    grid = _query_grid(call, PREPARE_ROWS)
+    grid = query_grid(call, PREPARE_ROWS)
     logits = call.operands.learnable_sink if sink else None
     shares = None if logits is None else empty((grid,), lse)
-    if dlse is not None and not dlse.is_contiguous():
-        dlse = make(Tensor.contiguous, dlse)
     config = KernelConfig(PREPARE_ROWS, 16, 4, 1)
     run(Launch(
         prepare.prepare_backward, grid,
         (token_view(out), saved.dout, row_view(lse),
-         None if dlse is None else row_view(dlse), saved.rows, logits, shares,
+         gradient_rows(dlse), saved.rows, logits, shares,
          operands.query_sequences(call), operands.arguments(call).heads,
          operands.tile(call, config, "ieee")),
         config.num_warps, config.num_stages,
     ))  # fmt: skip
     if logits is None or shares is None:
         return None
+    return sink_gradient(call, logits, shares)
+
+
+def gradient_rows(dlse: Tensor | None) -> RowView | None:
+    """dlse as kernels read it, or a copy."""
+    if dlse is None:
+        return None
+    return row_view(dlse if dlse.is_contiguous() else make(Tensor.contiguous, dlse))
+
+
+def sink_gradient(call: Call, logits: Tensor, shares: Tensor) -> Tensor:
+    """dsink from a share for each tile of queries, head by head."""
     batches, heads, dtype = 1 if call.varlen else call.batch, logits.shape[0], logits.dtype
     return make(lambda x: x.view(batches, heads, -1).sum((0, 2)).to(dtype), shares)
 
@@ -155,7 +168,7 @@ def _dq_launch(
     a = operands.arguments(call)
     variant = operands.variant(call, plan.nvidia, blocklists.by_queries(call))
     return Launch(
-        backward_kernels.attention_backward_dq, _query_grid(call, config.block_q),
+        backward_kernels.attention_backward_dq, query_grid(call, config.block_q),
         (a.q, a.k, a.v, token_view(dq), saved, a.q_seq, a.k_seq, variant, a.scale, a.heads,
          operands.tile(call, config, _precision())),
         config.num_warps, config.num_stages,
@@ -169,7 +182,7 @@ def _dkdv_launch(
     a = operands.arguments(call)
     variant = operands.variant(call, plan.nvidia, blocklists.by_keys(call))
     return Launch(
-        backward_kernels.attention_backward_dkdv, _key_grid(call, config.block_k),
+        backward_kernels.attention_backward_dkdv, key_grid(call, config.block_k),
         (a.q, a.k, a.v, token_view(dk), token_view(dv), saved, a.q_seq, a.k_seq, variant, a.scale,
          a.heads, operands.tile(call, config, _precision())),
         config.num_warps, config.num_stages,

@@ -15,7 +15,13 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from flashtile.kernels.hopper import barriers, layouts
 from flashtile.kernels.hopper._compat import tma_store_wait
-from flashtile.kernels.hopper.channels import load_rows, make_barriers, make_tiles, store_rows
+from flashtile.kernels.hopper.channels import (
+    bytes_of,
+    load_rows,
+    make_barriers,
+    make_tiles,
+    store_rows,
+)
 from flashtile.kernels.hopper.gradients import KeyGradients, Keys, gradient_step
 from flashtile.kernels.hopper.query_gradients import add_shares, open_places
 from flashtile.kernels.hopper.scheduler import pinned
@@ -25,7 +31,6 @@ from flashtile.kernels.hopper.stages import (
     Blocks,
     Inputs,
     KeySide,
-    bytes_of,
 )
 from flashtile.kernels.masks import At, query_range
 from flashtile.kernels.views import open_sequence

@@ -81,7 +81,7 @@ def left_columns(tile, COUNT: gl.constexpr):
 
 
 @gluon.constexpr_function
-def _bytes(x):
+def bytes_of(x):
     count = x.block_type.element_ty.primitive_bitwidth // 8
     for edge in x.block_type.shape:
         count *= edge
@@ -119,6 +119,27 @@ def make_barriers(COUNT: gl.constexpr):
     return made
 
 
+@gluon.jit
+def make_numbers(COUNT: gl.constexpr):
+    """Shared memory for COUNT integers."""
+    return gl.allocate_shared_memory(
+        gl.int32, [COUNT, 1], gl.SwizzledSharedLayout(1, 1, 1, [0])
+    )  # fmt: skip
+
+
+@gluon.jit
+def put_number(numbers, i, n):
+    """Store an integer, from one warp."""
+    alone: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    numbers.index(i).store(gl.full([1], 0, gl.int32, alone) + n)
+
+
+@gluon.jit
+def get_number(numbers, i):
+    """Load an integer, for a warpgroup."""
+    return gl.max(numbers.index(i).load(gl.BlockedLayout([1], [32], [4], [0])), 0)
+
+
 @aggregate
 class Ring:
     """Blocks of keys and of values, which may be narrower, in the order in which they are needed:
@@ -154,7 +175,7 @@ class Ring:
         """Load rows of x as item i, whose slot is claimed."""
         slot = i % self.SLOTS
         full = self.full.index(slot)
-        mbarrier.expect(full, _bytes(x))
+        mbarrier.expect(full, bytes_of(x))
         COLUMNS: gl.constexpr = x.block_type.shape[-1]
         load_rows(x, batch, head, row, full, left_columns(self.tiles.index(slot), COLUMNS))
 
@@ -195,7 +216,7 @@ class Queries:
             barriers.sync(barriers.QUERIES, self.THREADS)
         for w in gl.static_range(self.WARPGROUPS):
             full = self.full.index(w)
-            mbarrier.expect(full, _bytes(x))
+            mbarrier.expect(full, bytes_of(x))
             load_rows(x, batch, head, row + w * ROWS, full, self.tiles.index(w))
 
     @gluon.jit

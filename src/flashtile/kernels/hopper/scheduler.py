@@ -11,6 +11,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from flashtile.kernels.hopper._compat import aggregate
+from flashtile.kernels.hopper.channels import get_number, make_numbers, put_number
 from flashtile.kernels.numbers import number
 
 
@@ -145,26 +146,18 @@ class Queue:
     @gluon.jit
     def put(self, n, tile):
         place = 5 * (n & 1)
-        alone: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
         for field in gl.static_range(5):
-            number = gl.full([1], 0, gl.int32, alone) + tile[field]
-            self.tiles.index(place + field).store(number)
+            put_number(self.tiles, place + field, tile[field])
         mbarrier.arrive(self.full.index(n & 1), count=1)
 
     @gluon.jit
     def get(self, n):
         mbarrier.wait(self.full.index(n & 1), (n >> 1) & 1)
         t, at = self.tiles, 5 * (n & 1)
-        return Tile(_scalar(t, at), _scalar(t, at + 1), _scalar(t, at + 2), _scalar(t, at + 3),
-                    _scalar(t, at + 4))  # fmt: skip
-
-
-@gluon.jit
-def _scalar(tiles, i):
-    return gl.max(tiles.index(i).load(gl.BlockedLayout([1], [32], [4], [0])), 0)
+        return Tile(get_number(t, at), get_number(t, at + 1), get_number(t, at + 2),
+                    get_number(t, at + 3), get_number(t, at + 4))  # fmt: skip
 
 
 @gluon.jit
 def make_queue(full):
-    tiles = gl.allocate_shared_memory(gl.int32, [10, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    return Queue(tiles, full)
+    return Queue(make_numbers(10), full)

@@ -13,7 +13,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from flashtile.kernels.hopper import barriers
 from flashtile.kernels.hopper._compat import aggregate, tma_load
-from flashtile.kernels.hopper.channels import load_rows
+from flashtile.kernels.hopper.channels import bytes_of, load_rows
 
 DS_WRITTEN = gl.constexpr(6)
 """dS of both warpgroups is in shared memory; both have read that of two blocks before."""
@@ -43,14 +43,6 @@ class Inputs(NamedTuple):
     v: Any
     dout: Any  # rows of block_m
     rows: Any  # (2 * query blocks, block_m) fp32: lse in log2 units, delta, lse, ...
-
-
-@gluon.constexpr_function
-def bytes_of(x):
-    count = x.block_type.element_ty.primitive_bitwidth // 8
-    for edge in x.block_type.shape:
-        count *= edge
-    return count
 
 
 @aggregate

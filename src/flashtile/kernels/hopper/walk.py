@@ -10,6 +10,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from flashtile.kernels.hopper._compat import aggregate
+from flashtile.kernels.hopper.channels import get_number, make_numbers, put_number
 from flashtile.kernels.schedule import PARTIAL, RUN, SCATTERED, block_start, schedule_list
 
 
@@ -80,18 +81,13 @@ class Places:
 
     @gluon.jit
     def put(self, i, place):
-        alone: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
-        self.slots.index(i % self.SLOTS).store(gl.full([1], 0, gl.int32, alone) + place)
+        put_number(self.slots, i % self.SLOTS, place)
 
     @gluon.jit
     def get(self, i):
-        layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-        return gl.max(self.slots.index(i % self.SLOTS).load(layout), 0)
+        return get_number(self.slots, i % self.SLOTS)
 
 
 @gluon.jit
 def make_places(SLOTS: gl.constexpr):
-    slots = gl.allocate_shared_memory(
-        gl.int32, [SLOTS, 1], gl.SwizzledSharedLayout(1, 1, 1, [0])
-    )  # fmt: skip
-    return Places(slots, SLOTS)
+    return Places(make_numbers(SLOTS), SLOTS)
