@@ -124,3 +124,31 @@ def test_cold_processes_share_one_cache(tmp_path: Path) -> None:
 
     assert len(sizes) == 1
     assert Process(tmp_path, []).results() == [[sizes.pop()]]
+
+
+KEYS = """
+import sys
+from flashtile.backends import hopper
+from flashtile.backends.jitcache import settle_keys
+from flashtile.kernels.hopper import backward, forward
+
+if "settled" in sys.argv:
+    settle_keys()
+kernels = {"f": forward.attention_forward, "b": backward.attention_backward}
+keys = {name: kernels[name].cache_key for name in sys.argv[1]}
+print(keys["b"], keys["f"])
+"""
+
+
+def test_keys_do_not_depend_on_what_ran_before() -> None:
+    """Without settling they do, in Triton 3.6 to 3.9: once they do not, it can go."""
+
+    def keys(*arguments: str) -> str:
+        environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+        return subprocess.run(
+            [sys.executable, "-c", KEYS, *arguments], env=environment, text=True, check=True,
+            capture_output=True, timeout=120,
+        ).stdout  # fmt: skip
+
+    assert keys("fb", "settled") == keys("bf", "settled")
+    assert keys("fb") != keys("bf")

@@ -10,16 +10,20 @@ from __future__ import annotations
 
 import json
 import logging
+import pkgutil
 import struct
 import threading
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any, TypeVar
 
-from triton import knobs
+from triton import JITFunction, knobs
 from triton.runtime.cache import FileCacheManager
 from triton.runtime.errors import OutOfResources
+
+from flashtile import kernels
 
 T = TypeVar("T")
 
@@ -30,6 +34,26 @@ BINARIES = (".cubin", ".hsaco")
 _lock = threading.RLock()
 
 
+@cache
+def settle_keys() -> None:
+    """Ask for the keys of all functions of the package in one order, before anything is compiled.
+
+    Triton (3.6 to 3.9) merges the constants that a function reads into its caller's key only where
+    the function's own key is known by then, so that keys depend on what a process compiled before:
+    a backward compiled ahead was compiled again behind its forward. Takes 0.1 s, once a process.
+    """
+    if knobs.runtime.interpret:
+        return  # interpreted functions have no keys
+    for module in pkgutil.walk_packages(kernels.__path__, f"{kernels.__name__}."):
+        try:
+            names = vars(import_module(module.name))
+        except ImportError:  # Gluon is not in every build of Triton
+            continue
+        for function in names.values():
+            if isinstance(function, JITFunction):
+                function.cache_key  # noqa: B018, a property that keeps what it finds
+
+
 def launch_healing(call: Callable[[], T], kernel: Any) -> T:
     """`call()`, which launches a configuration of `kernel` for the first time in this process.
 
@@ -37,6 +61,7 @@ def launch_healing(call: Callable[[], T], kernel: Any) -> T:
     was not launched. A cache manager of the user's own is left alone.
     """
     with _lock:
+        settle_keys()
         if knobs.cache.manager_class is not None:
             return call()
         read: list[Path] = []

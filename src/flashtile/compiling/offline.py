@@ -16,6 +16,7 @@ import torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
+from flashtile.backends.jitcache import settle_keys
 from flashtile.backends.launch import Launch
 from flashtile.compiling.launches import tile_of
 from flashtile.compiling.record import Record
@@ -57,6 +58,7 @@ def target(arch: str) -> GPUTarget:
 
 def compile_launch(launch: Launch, arch: str) -> tuple[Any, str]:
     """(Triton's compiled kernel, what ptxas said), for an architecture that need not be here."""
+    settle_keys()
     log = io.StringIO()
     driver.set_active(OfflineDriver(arch))
     with contextlib.redirect_stdout(log):
