@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 
 from flashtile.bench import plots, summary, tables
+from flashtile.bench.claims import claims
 from flashtile.bench.record import read
 
 ROOT = Path(__file__).parent.parent
@@ -27,7 +28,7 @@ def fill(text: str) -> str:
 def main() -> None:
     for path in sorted(RESULTS.glob("*/*.json")):
         document = read(path)
-        for line in (*summary.lines(document), *summary.claims(document)):
+        for line in (*summary.lines(document), *claims(document)):
             print(line)
     for folder in sorted(RESULTS.iterdir()):
         if folder.name != "cpu":

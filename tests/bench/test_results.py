@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from flashtile.bench import plots, summary, tables
+from flashtile.bench.claims import claims
 
 ENVIRONMENT = {
     "date": "2026-11-21 12:00 UTC", "commit": "a" * 40, "dirty": False, "torch": "2.11.0+cu130",
@@ -74,18 +75,18 @@ def host(us: float = 10.0) -> dict[str, Any]:
 
 
 def _verdicts(document: dict[str, Any]) -> dict[str, bool]:
-    return {claim.what: claim.holds for claim in summary.claims(document)}
+    return {claim.what: claim.holds for claim in claims(document)}
 
 
 def test_dense_claims() -> None:
-    claims = summary.claims(dense())
-    assert [(round(c.measured, 3), c.limit, c.holds) for c in claims] == [
+    found = claims(dense())
+    assert [(round(c.measured, 3), c.limit, c.holds) for c in found] == [
         (2.0, 1.30, True), (1.25, 1.15, True), (0.75, 0.95, False),
     ]  # fmt: skip
-    assert "bwd full" in claims[2].what
-    assert str(claims[0]).startswith("pass  triton, fwd over FlashAttention-2")
-    assert str(claims[2]).startswith("FAIL")
-    assert not summary.claims(dense(forward_ms=1.6))[0].holds
+    assert "bwd full" in found[2].what
+    assert str(found[0]).startswith("pass  triton, fwd over FlashAttention-2")
+    assert str(found[2]).startswith("FAIL")
+    assert not claims(dense(forward_ms=1.6))[0].holds
 
 
 def test_features_claims() -> None:
@@ -100,10 +101,29 @@ def test_each_backend_has_claims_of_its_own() -> None:
     for found in document["rows"]:
         found["backend"] = "hopper"
         found["providers"] |= {"flashtile-triton": timed(12.0), "plain-triton": timed(10.0)}
-    assert [(c.what.partition(",")[0], c.holds) for c in summary.claims(document)] == [
+    assert [(c.what.partition(",")[0], c.holds) for c in claims(document)] == [
         ("hopper", False), ("triton", False), ("hopper", False), ("triton", True),
     ]  # fmt: skip
     assert summary.speedup(document["rows"][0], "flashtile-triton") == pytest.approx(10 / 12)
+
+
+def test_claims_over_the_best_peer() -> None:
+    """Figures of other libraries are for the suite's own setting, on a GPU of that name."""
+    rows = [row("full", "fwd", seqlen, flashtile=timed(1.0, flops)) for seqlen, flops in
+            ((512, 1.1 * 516.1e9), (16384, 0.95 * 691.1e9))]  # fmt: skip
+    wide = row("causal", "bwd", 512, 256, flashtile=timed(1.0), cudnn=timed(1.2))
+    for found in (*rows, wide):
+        found["backend"] = "hopper"
+    mean, worst, over_cudnn = claims(document("dense", [*rows, wide]))
+    assert (round(mean.measured, 2), mean.holds) == (1.02, True)
+    assert (round(worst.measured, 2), worst.holds) == (0.95, False)
+    assert "16,384" in worst.what
+    assert (round(over_cudnn.measured, 2), over_cudnn.holds) == (1.2, True)
+    other = document("dense", [{**rows[0], "batch": 1}])
+    assert claims(other) == []
+    elsewhere = document("dense", rows)
+    elsewhere["environment"] = ENVIRONMENT | {"gpu": "NVIDIA H100"}
+    assert claims(elsewhere) == []
 
 
 def test_a_masks_overhead_is_for_the_same_work() -> None:
@@ -113,22 +133,23 @@ def test_a_masks_overhead_is_for_the_same_work() -> None:
 
 
 def test_memory_and_host_claims() -> None:
-    assert [c.holds for c in summary.claims(memory())] == [True]
-    assert [c.holds for c in summary.claims(memory(last=3.5))] == [False]
-    assert [c.holds for c in summary.claims(host())] == [True, True]
-    assert [c.holds for c in summary.claims(host(us=15.1))] == [False, False]
+    assert [c.holds for c in claims(memory())] == [True]
+    assert [c.holds for c in claims(memory(last=3.5))] == [False]
+    assert [c.holds for c in claims(host())] == [True, True]
+    assert [c.holds for c in claims(host(us=15.1))] == [False, True]
+    assert [c.holds for c in claims(host(us=25.1))] == [False, False]
 
 
 def test_geometric_means_and_worst_cells() -> None:
     found = summary.lines(dense())
-    assert len(found) == 2 * 2 * 2  # modes, head dims, fa2 and flex: cudnn has no time
+    assert len(found) == 2 * 2 * 3  # modes, head dims, three peers: cudnn has no time
     assert "fwd head dim  64 over fa2               2.00x of  4 cells, worst  2.00x" in found[0]
 
 
 def test_claims_are_a_gpus() -> None:
     document = dense()
     document["environment"] = {"cpu": "EPYC"}
-    assert summary.claims(document) == []
+    assert claims(document) == []
 
 
 def test_lines_of_rows() -> None:

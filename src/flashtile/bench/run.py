@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from flashtile.bench import cpu, host, memory, record, speed, summary
+from flashtile.bench.claims import Claim, claims
 from flashtile.bench.options import Options
 
 Row = dict[str, Any]
@@ -27,7 +28,7 @@ SUITES = {
 }
 
 
-def run(name: str, options: Options) -> list[summary.Claim]:
+def run(name: str, options: Options) -> list[Claim]:
     """Run a suite, written after every row so that what was measured outlives a time limit."""
     suite = SUITES[name]
     environment = record.environment(options.device, options.commit)
@@ -41,7 +42,7 @@ def run(name: str, options: Options) -> list[summary.Claim]:
     if document is None:
         options.show(f"{name}: no cell matches")
         return []
-    claims = summary.claims(document)
-    for line in (*summary.lines(document), *map(str, claims), str(path)):
+    found = claims(document)
+    for line in (*summary.lines(document), *map(str, found), str(path)):
         options.show(line)
-    return claims
+    return found

@@ -1,4 +1,4 @@
-"""What results come to: ratios, their geometric means, and the project's claims with pass or fail.
+"""What results come to: ratios and their geometric means, as text and as numbers.
 
 Pure functions of a suite's document, so that anyone can have them from the JSON.
 """
@@ -7,49 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from statistics import geometric_mean
-from typing import Any, NamedTuple
+from typing import Any
+
+from flashtile.bench.peers import over_best_peer
 
 Row = dict[str, Any]
 Document = dict[str, Any]
-
-SPEEDUPS = {"triton": {"window": 5.0, "documents": 6.0}, "hopper": {"window": 8.0}}
-"""The least that masks must gain over the plain attention that they cut, at 16,384 tokens, by
-backend."""
-
-OVERHEADS = {
-    "triton": {"dropout": 1.25, "softcap": 1.25, "alibi": 1.25, "mask": 1.30, "varlen": 1.10},
-    "hopper": {"softcap": 1.12, "alibi": 1.12, "varlen": 1.05},
-}
-"""The most time that features may take, for the same work, in units of plain attention's."""
-
-OVER_FA2 = {"fwd": 1.30, "bwd": 1.15}
-"""The least geometric mean of the portable kernels' dense speed over FlashAttention-2's, at head
-dims 64 and 128."""
-
-OF_FLEX = 0.95
-"""The least dense speed over FlexAttention's, in any cell."""
-
-HOST_US = 15.0
-LINEAR = 2.05
-"""The most that twice the tokens may take of memory."""
-
-
-class Claim(NamedTuple):
-    """Something that the project promises, and what was measured."""
-
-    what: str
-    measured: float
-    limit: float
-    at_least: bool  # or at most
-
-    @property
-    def holds(self) -> bool:
-        return self.measured >= self.limit if self.at_least else self.measured <= self.limit
-
-    def __str__(self) -> str:
-        verdict = "pass" if self.holds else "FAIL"
-        side = "at least" if self.at_least else "at most"
-        return f"{verdict}  {self.what}: {self.measured:.2f}, {side} {self.limit:.2f}"
 
 
 def milliseconds(row: Row, provider: str) -> float | None:
@@ -81,88 +44,27 @@ def own(row: Row) -> list[tuple[str, str]]:
     return [(name, name.partition("-")[2] or row["backend"]) for name in names]
 
 
-def claims(document: Document) -> list[Claim]:
-    """Those that a suite's rows decide."""
-    by_suite = {"dense": dense_claims, "features": feature_claims, "memory": memory_claims,
-                "host": host_claims}  # fmt: skip
-    suite = document["suite"]
-    on_gpu = "gpu" in document["environment"]
-    return by_suite[suite](document["rows"]) if on_gpu and suite in by_suite else []
-
-
-def dense_claims(rows: list[Row]) -> list[Claim]:
-    found = []
-    for mode, least in OVER_FA2.items():
-        gains = [
-            gain for row in rows if row["mode"] == mode and row["head_dim"] <= 128
-            for name, backend in own(row)
-            if backend == "triton" and (gain := ratio(row, "fa2", name)) is not None
-        ]  # fmt: skip
-        if gains:
-            what = f"triton, {mode} over FlashAttention-2, geometric mean of {len(gains)} cells"
-            found.append(Claim(what, geometric_mean(gains), least, True))
-    flexes = [(g, r) for r in rows if (g := ratio(r, "flex")) is not None]
-    if flexes:
-        least, row = min(flexes, key=lambda pair: pair[0])
-        found.append(Claim(f"worst over FlexAttention, {cell_text(row)}", least, OF_FLEX, True))
-    return found
-
-
-def feature_claims(rows: list[Row]) -> list[Claim]:
-    return [claim for row in rows for pair in own(row) for claim in _row_claims(row, *pair)]
-
-
-def _row_claims(row: Row, name: str, backend: str) -> list[Claim]:
-    feature, plain = row["feature"], row["plain"]["feature"]
-    gain, cost = speedup(row, name), against_plain(row, name)
-    least = SPEEDUPS.get(backend, {}).get(feature)
-    most = OVERHEADS.get(backend, {}).get(feature)
-    if gain is not None and least is not None:
-        return [Claim(f"{backend}, {cell_text(row)}, faster than {plain}", gain, least, True)]
-    if cost is not None and most is not None:
-        return [Claim(f"{backend}, {cell_text(row)}, time over {plain}", cost, most, False)]
-    return []
-
-
-def memory_claims(rows: list[Row]) -> list[Claim]:
-    """Growth over the last doubling, by when what is constant no longer counts."""
-    found = []
-    for path in dict.fromkeys(row["path"] for row in rows):
-        sizes = {r["seqlen"]: r["flashtile_bytes"] for r in rows if r["path"] == path}
-        longest = max(sizes)
-        if longest // 2 in sizes:
-            growth = sizes[longest] / sizes[longest // 2]
-            what = f"{path}, memory of {longest:,} tokens over that of half of them"
-            found.append(Claim(what, growth, LINEAR, False))
-    return found
-
-
-def host_claims(rows: list[Row]) -> list[Claim]:
-    return [
-        Claim(f"microseconds of a call, {row['mode']}", us, HOST_US, False)
-        for row in rows
-        if (us := row["providers"].get("flashtile", {}).get("median_us")) is not None
-    ]
-
-
 def lines(document: Document) -> list[str]:
-    """Geometric means of flashtile's speed over each provider's, and the worst cell of each."""
+    """Geometric means of flashtile's speed over each provider's and over the best peer's figure,
+    and the worst cell of each."""
     if document["suite"] != "dense":
         return []
-    rows, found = document["rows"], []
+    rows, found, gpu = document["rows"], [], document["environment"].get("gpu", "")
     for mode in dict.fromkeys(row["mode"] for row in rows):
         for head_dim in sorted({row["head_dim"] for row in rows}):
             part = [r for r in rows if (r["mode"], r["head_dim"]) == (mode, head_dim)]
+            gains = {name: [ratio(row, name) for row in part] for name in _others(part)}
+            gains["the best peer"] = [over_best_peer(row, gpu) for row in part]
             found += [
                 f"{mode} head dim {head_dim:3} over {name:16} {text}"
-                for name in _others(part)
-                if (text := _geomean_text(part, name))
+                for name, ratios in gains.items()
+                if (text := _geomean_text(part, ratios))
             ]
     return found
 
 
-def _geomean_text(rows: list[Row], over: str) -> str:
-    gains = [(g, r) for r in rows if (g := ratio(r, over)) is not None]
+def _geomean_text(rows: list[Row], ratios: list[float | None]) -> str:
+    gains = [(g, r) for g, r in zip(ratios, rows, strict=True) if g is not None]
     if not gains:
         return ""
     mean, (least, worst) = geometric_mean(g for g, _ in gains), min(gains, key=lambda g: g[0])
