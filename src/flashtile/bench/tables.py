@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from flashtile.bench.peers import over_best_peer
 from flashtile.bench.record import read
 from flashtile.bench.summary import Document, Row, against_plain, milliseconds, ratio, speedup
 
@@ -35,6 +36,7 @@ def fill_in(results: Path) -> dict[str, str]:
         "cpu-speed": cpu_speed,
         "cpu-memory": cpu_memory,
         f"{GPU}-dense": dense,
+        f"{GPU}-portable": portable,
         f"{GPU}-features": features,
         f"{GPU}-memory": memory,
         f"{GPU}-host": host,
@@ -43,29 +45,56 @@ def fill_in(results: Path) -> dict[str, str]:
 
 
 def dense(results: Path) -> str:
-    """TFLOP/s by sequence length, and how many times FlashAttention-2's speed that is."""
+    """TFLOP/s by sequence length, and how many times the best peer's speed that is."""
     document = read(results / GPU / "dense.json")
     if document is None:
         return ""
-    rows = document["rows"]
-    seqlens = sorted({row["seqlen"] for row in rows})
-    lines = [
-        f"bf16 on an {document['environment']['gpu']}, 16,384 tokens, hidden size 2,048: TFLOP/s "
-        f"of {_kernels(rows)}, and how many",
-        "times faster than PyTorch's FlashAttention-2.",
+    gpu = document["environment"]["gpu"]
+    gains = [over_best_peer(row, gpu) for row in document["rows"]]
+    return "\n".join((
+        f"bf16 on an {gpu}, 16,384 tokens, hidden size 2,048: TFLOP/s of "
+        f"{_kernels(document['rows'])}, and that over the best",
+        "figure of any peer in the same setting: FlashAttention-2, 3 and 4, cuDNN, FlexAttention.",
         "",
         f"![speed by sequence length](benchmarks/results/{GPU}/dense-causal.png)",
         "",
-        _header("mode, mask, head dim", *(f"{n:,}" for n in seqlens)),
-    ]
-    kinds = sorted({(r["mode"] != "fwd", r["head_dim"], r["feature"]) for r in rows})
-    for backward, head_dim, feature in kinds:
+        *_rates(document, "flashtile", gains),
+        "",
+        _source(document, GPU),
+    ))  # fmt: skip
+
+
+def portable(results: Path) -> str:
+    """The same of the portable kernels, over FlashAttention-2."""
+    document = read(results / GPU / "dense.json")
+    name = "flashtile-triton"
+    if document is None or not any(name in row["providers"] for row in document["rows"]):
+        return ""
+    gains = [ratio(row, "fa2", name) for row in document["rows"]]
+    return "\n".join((
+        "The portable kernels, which any GPU has, in the same run: TFLOP/s, and that over "
+        "PyTorch's FlashAttention-2.",
+        "",
+        *_rates(document, name, gains),
+        "",
+        _source(document, GPU),
+    ))  # fmt: skip
+
+
+def _rates(document: Document, name: str, gains: list[float | None]) -> list[str]:
+    """A line for each mode, mask and head dim, a column a sequence length."""
+    rows = [row | {"gain": gain} for row, gain in zip(document["rows"], gains, strict=True)]
+    seqlens = sorted({row["seqlen"] for row in rows})
+    lines = [_header("mode, mask, head dim", *(f"{n:,}" for n in seqlens))]
+    for backward, head_dim, feature in sorted(
+        {(r["mode"] != "fwd", r["head_dim"], r["feature"]) for r in rows}
+    ):
         mode = "bwd" if backward else "fwd"
         kind = (mode, head_dim, feature)
         part = {r["seqlen"]: r for r in rows if (r["mode"], r["head_dim"], r["feature"]) == kind}
-        name = f"{'backward' if backward else 'forward'}, {feature}, {head_dim}"
-        lines.append(_line(name, *(_rate(part.get(n)) for n in seqlens)))
-    return "\n".join((*lines, "", _source(document, GPU)))
+        text = f"{'backward' if backward else 'forward'}, {feature}, {head_dim}"
+        lines.append(_line(text, *(_rate(part.get(n), name) for n in seqlens)))
+    return lines
 
 
 def _kernels(rows: list[Row]) -> str:
@@ -75,11 +104,11 @@ def _kernels(rows: list[Row]) -> str:
     return " and ".join(names.get(name, name) for name in backends)
 
 
-def _rate(row: Row | None) -> str:
-    ours = {} if row is None else row["providers"]["flashtile"]
+def _rate(row: Row | None, name: str) -> str:
+    ours = {} if row is None else row["providers"].get(name, {})
     if row is None or "tflops" not in ours:
         return ""
-    gain = ratio(row, "fa2")
+    gain = row["gain"]
     return f"{ours['tflops']:.0f}" + ("" if gain is None else f", {gain:.2f}x")
 
 
