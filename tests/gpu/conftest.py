@@ -28,6 +28,9 @@ _PLANNERS = {name: partial(plan, among=BACKENDS[BACKENDS.index(name) :]) for nam
 @pytest.fixture(params=_usable(), autouse=True)
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """The best backend that plans may choose."""
+    call = getattr(request.node, "callspec", None)
+    if request.param == "hopper" and call and call.params.get("dtype") is torch.float32:
+        pytest.skip("fp32 has no kernels for Hopper: the portable ones' run is the same")
     before, ops.plan = ops.plan, _PLANNERS[request.param]  # type: ignore[assignment]
     yield request.param
     ops.plan = before
