@@ -62,22 +62,32 @@ REPEATED = [
     Case("packed_sink", lengths=((300, 300), (1, 129), (64, 0), (200, 257)), head_dim=64,
          features={"causal": True}, tensors=("learnable_sink",)),
     Case("paged", lengths=((300, 300), (1, 129), (200, 257)), head_dim=64, page_size=16),
+    Case("group", 260, 390, heads=8, kv_heads=2, head_dim=128, features={"causal": True}),
+    Case("many_tiles", 1100, 1100, heads=16, kv_heads=16, head_dim=128,
+         features={"causal": True}),
+    Case("softcap_alibi", 200, 515, head_dim=128, features={"softcap": 5.0},
+         tensors=("alibi_slopes",)),
+    Case("narrower_values", 257, 257, head_dim=192, head_dim_v=128, features={"causal": True}),
+    Case("packed_documents", lengths=((300, 300), (129, 129)), kv_heads=4, head_dim=128,
+         tensors=("document_ids",)),
 ]  # fmt: skip
+
+REPEATS = 200
 
 
 @pytest.mark.parametrize("busy", [False, True], ids=["alone", "beside_another_stream"])
 @pytest.mark.parametrize("dtype", [BF16, torch.float32], ids=str)
 @pytest.mark.parametrize("case", REPEATED, ids=str)
 def test_bits_repeat(case: Case, dtype: torch.dtype, busy: bool) -> None:
-    """Case 79: fifty runs, out, lse and every gradient."""
+    """Case 79: two hundred runs, out, lse and every gradient."""
     problem = case.draw(79, dtype, "cuda")
     problem.keywords["deterministic"] = True
     first = run(problem)
     if busy:
         with _busy():
-            assert all(_same(run(problem), first) for _ in range(50))
+            assert all(_same(run(problem), first) for _ in range(REPEATS))
     else:
-        assert all(_same(run(problem), first) for _ in range(50))
+        assert all(_same(run(problem), first) for _ in range(REPEATS))
 
 
 @pytest.mark.parametrize("case", REPEATED, ids=str)
@@ -85,7 +95,7 @@ def test_bits_repeat_by_default(case: Case, backend: str) -> None:
     """All but dQ where tiles of keys add to it in any order, as for Hopper."""
     problem = case.draw(79, BF16, "cuda")
     first = run(problem)
-    for _ in range(50):
+    for _ in range(REPEATS):
         again = run(problem)
         if backend == "hopper":
             again.grads["q"] = first.grads["q"]
