@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import flashtile
 from flashtile.api import normalise
 from flashtile.backends import torch as backend
+from flashtile.backends.cache import NewTokens
 from flashtile.testing import CASES, Case
 
 
@@ -49,9 +50,8 @@ def test_opcheck_kvcache(paged: bool, rotary: bool) -> None:
     lengths = torch.tensor([5, 14], dtype=torch.int32)
     call = normalise(q, *caches, causal=True, seqused_k=lengths, block_table=table)
     cos, sin = (torch.randn(40, 4), torch.randn(40, 4)) if rotary else (None, None)
-    torch.library.opcheck(
-        torch.ops.flashtile.with_kvcache.default, (k, v, cos, sin, True, *call.flat())
-    )
+    new = NewTokens(k, v, rotary_cos=cos, rotary_sin=sin)
+    torch.library.opcheck(torch.ops.flashtile.with_kvcache.default, (*new, *call.flat()))
 
 
 def _public(name: str, x: list[Tensor]) -> Any:

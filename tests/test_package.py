@@ -18,8 +18,9 @@ SOURCE = ROOT / "src" / "flashtile"
 FILES = sorted(SOURCE.rglob("*.py"))
 
 LAYERS = (
+    ("strides",),
     ("config", "problem", "random", "rotary", "tiles"),
-    ("hopper_tiles",),
+    ("decode_tiles", "hopper_tiles", "quantize"),
     ("hopper_backward_tiles",),
     ("checks", "kernels", "mods", "plan", "reference"),
     ("backends",),

@@ -10,12 +10,16 @@ from flashtile.api import (
     flash_attn_varlen_kvpacked_func,
     flash_attn_varlen_qkvpacked_func,
     flash_attn_with_kvcache,
+    quantize_kv,
 )
 from flashtile.explain import explain
+from flashtile.mods import MaskFunction, ScoreFunction
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "MaskFunction",
+    "ScoreFunction",
     "config",
     "explain",
     "flash_attn_combine",
@@ -26,5 +30,6 @@ __all__ = [
     "flash_attn_varlen_kvpacked_func",
     "flash_attn_varlen_qkvpacked_func",
     "flash_attn_with_kvcache",
+    "quantize_kv",
     "reference",
 ]

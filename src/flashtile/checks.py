@@ -10,7 +10,8 @@ import math
 import torch
 from torch import Tensor
 
-from flashtile.problem import FLOATING, UNBOUNDED, Call
+from flashtile.problem import E4M3, FLOATING, UNBOUNDED, Call
+from flashtile.quantize import scale_kind
 
 
 def check_call(call: Call) -> None:
@@ -19,6 +20,8 @@ def check_call(call: Call) -> None:
     _check_shapes(call)
     _check_sequences(call)
     _check_features(call)
+    _check_tree(call)
+    _check_scales(call)
     _check_scalars(call)
 
 
@@ -59,11 +62,13 @@ def _check_types(call: Call) -> None:
     q, k, v = call.operands[:3]
     for name, x in (("q", q), ("k", k), ("v", v)):
         is_tensor(name, x)
-        if x.dtype not in FLOATING:
+        if x.dtype not in FLOATING and (name == "q" or x.dtype != E4M3):
             raise TypeError(
                 f"{name} has dtype {x.dtype}; it must be float16, bfloat16, float32 or float64"
             )
         same_device(name, x, q)
+    if k.dtype == v.dtype == E4M3 and q.dtype != torch.float64:
+        return
     if not (q.dtype == k.dtype == v.dtype) and not torch.is_autocast_enabled(q.device.type):
         raise TypeError(
             f"q, k and v have dtypes {q.dtype}, {k.dtype} and {v.dtype}; they must agree"
@@ -74,7 +79,7 @@ def _check_shapes(call: Call) -> None:
     q, k, v = call.operands[:3]
     paged = call.sequences.block_table is not None
     is_tensor("q", q, 3 if call.varlen else 4)
-    k_rank = 3 if call.varlen and not paged else 4
+    k_rank = 3 if call.varlen and not paged and not call.cached else 4
     is_tensor("k", k, k_rank)
     is_tensor("v", v, k_rank)
     if k.shape[:-1] != v.shape[:-1]:
@@ -87,8 +92,8 @@ def _check_shapes(call: Call) -> None:
         if x.shape[-1] == 0:
             raise ValueError(f"{name} has head_dim 0; it must be at least 1")
     remapped = paged or call.sequences.cache_batch_idx is not None
-    if k_rank == 4 and not remapped and k.shape[0] != q.shape[0]:
-        raise ValueError(f"k has batch {k.shape[0]}; q has {q.shape[0]}")
+    if k_rank == 4 and not remapped and k.shape[0] != call.batch:
+        raise ValueError(f"k has batch {k.shape[0]}; q has {call.batch}")
     heads, kv_heads = q.shape[-2], k.shape[-2]
     if kv_heads == 0 and heads > 0:
         raise ValueError(f"k has 0 heads; q has {heads}")
@@ -102,7 +107,7 @@ def _check_sequences(call: Call) -> None:
         int32("cu_seqlens_q", seqs.cu_seqlens_q, q, (-1,))
         if call.batch < 0:
             raise ValueError("cu_seqlens_q has 0 entries; it must have batch + 1")
-        if seqs.cu_seqlens_k is None and (seqs.block_table is None or seqs.seqused_k is None):
+        if seqs.cu_seqlens_k is None and not call.cached:
             raise ValueError(
                 "cu_seqlens_k is None; only block_table with seqused_k can do without it"
             )
@@ -194,6 +199,44 @@ def _check_documents(call: Call) -> None:
             )
 
 
+def _check_tree(call: Call) -> None:
+    tree = call.operands.tree_mask
+    if tree is None:
+        return
+    is_tensor("tree_mask", tree, 3)
+    same_device("tree_mask", tree, call.operands.q)
+    if tree.dtype != torch.bool:
+        raise TypeError(f"tree_mask has dtype {tree.dtype}; it must be torch.bool")
+    if tree.shape[0] not in (1, call.batch) or tree.shape[1] != tree.shape[2]:
+        raise ValueError(
+            f"tree_mask has shape {tuple(tree.shape)}; it must be (n, n) or (1|{call.batch}, n, n)"
+        )
+
+
+def _check_scales(call: Call) -> None:
+    operands, batch = call.operands, call.batch
+    for name, x in (("k", operands.k), ("v", operands.v)):
+        scale = getattr(operands, f"{name}_descale")
+        if scale is None:
+            continue
+        is_tensor(f"{name}_descale", scale)
+        same_device(f"{name}_descale", scale, operands.q)
+        if not call.quantized:
+            raise ValueError(f"{name}_descale is given and {name} has dtype {x.dtype}, not {E4M3}")
+        if scale.dtype != torch.float32:
+            raise TypeError(f"{name}_descale has dtype {scale.dtype}; it must be torch.float32")
+        if scale_kind(scale, x, batch) is None:
+            cached = f" or {tuple(x.shape[:-1])}" if x.dim() == 4 else ""
+            raise ValueError(
+                f"{name}_descale has shape {tuple(scale.shape)}; it must be (), "
+                f"({x.shape[-2]},), ({batch}, {x.shape[-2]}){cached}"
+            )
+    if call.quantized and torch.is_grad_enabled():
+        for name, grown in zip(operands._fields, operands, strict=True):
+            if grown is not None and grown.requires_grad:
+                raise ValueError(f"{name} requires grad; attention over e4m3 k has no backward")
+
+
 def _check_scalars(call: Call) -> None:
     variant = call.variant
     if not 0.0 <= variant.dropout_p < 1.0:
@@ -202,6 +245,9 @@ def _check_scalars(call: Call) -> None:
         raise ValueError(f"softcap is {variant.softcap}; it must be finite and at least 0 (0: off)")
     if not math.isfinite(variant.softmax_scale):
         raise ValueError(f"softmax_scale is {variant.softmax_scale}; it must be finite")
+    for name, count in (("num_splits", variant.num_splits), ("split_size", variant.split_size)):
+        if count < 0:
+            raise ValueError(f"{name} is {count}; it must be at least 0 (0: planned)")
     for side, size in (("left", variant.window_left), ("right", variant.window_right)):
         if size < UNBOUNDED:
             raise ValueError(

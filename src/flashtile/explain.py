@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from flashtile.decode_tiles import DecodeConfig, cannot_decode
 from flashtile.plan import Device, Plan, plan
 from flashtile.problem import UNBOUNDED, AttentionProblem, describe
 
@@ -36,10 +37,31 @@ class Explanation:
             ("FLOPs", f"{chosen.flops_forward:.3g} forward, {chosen.flops_backward:.3g} backward"),
             ("bytes", f"{chosen.bytes_forward:.3g} forward, {chosen.bytes_backward:.3g} backward"),
         ]
+        rows += _packing(chosen)
+        if chosen.decode is not None:
+            rows.append(("splits", _splits_text(p, chosen.decode)))
+        elif (reason := cannot_decode(p)) is not None and chosen.kernels is not None:
+            rows.append(("not split", reason))
         return rows + [(f"not {name}", reason) for name, reason in chosen.passed_over]
 
     def __str__(self) -> str:
         return "\n".join(f"{name:>12}  {value}" for name, value in self.rows())
+
+
+def _packing(chosen: Plan) -> list[tuple[str, str]]:
+    if chosen.hopper is None or chosen.hopper.pack == 1 or chosen.decode is not None:
+        return []
+    pack, rows = chosen.hopper.pack, chosen.hopper.block_m
+    return [("packing", f"{pack} query heads of a KV head x {rows // pack} queries are a tile")]
+
+
+def _splits_text(p: AttentionProblem, config: DecodeConfig) -> str:
+    if p.split_size:
+        return f"every {p.split_size:,} keys"
+    if p.num_splits:
+        return f"at most {p.num_splits:,} a row"
+    programs = config.programs_per_sm
+    return f"planned on the device, for {programs} programs an SM"
 
 
 def _mask_text(p: AttentionProblem) -> str:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from flashtile.hopper_tiles import LEAST_DIM
 from flashtile.problem import AttentionProblem
 
-DIMS = (64, 128)
+DIMS = (64, 128, 256)
 """Head dims that the kernel is compiled for; others are padded up by TMA's zero fill."""
 
+SHORT = 512
+"""Keys up to which causal tiles have so little to do that clearing the sums of dQ counts."""
+
 MISSING = frozenset({
-    "attn_mask", "bias", "cache_batch_idx", "cache_leftpad", "document_ids", "dropout", "seqused_k",
-    "seqused_q",
+    "attn_mask", "bias", "cache_batch_idx", "cache_leftpad", "document_ids", "dropout", "fp8_cache",
+    "mask_mod", "score_mod", "tree_mask",
 })  # fmt: skip
 """Features that the kernel does not do yet."""
 
@@ -21,46 +25,85 @@ MISSING = frozenset({
 class HopperBackwardTile:
     """What the kernel is compiled for."""
 
-    dim: int  # of the tensors
-    padded: int  # head dim of the tiles
+    dim: int  # of q and k
+    dim_v: int
+    padded: int  # head dims of the tiles
+    padded_v: int
     block_m: int  # queries of a block
-    slots: int  # blocks of Q and dO in shared memory
-    block_n: int = 128  # keys of a tile, 64 for each of two warpgroups
+    slots: int = 2  # blocks of Q in shared memory
+    dout_slots: int = 2  # as many of dO, or one
+    block_n: int = 128  # keys of a tile, 64 for each of two warpgroups, or 64 for both
+    kept: int = 0  # columns of K in registers
+    adds: str = "in any order"  # shares of dQ; or "after the first", or "in order"
+    lags: bool = False  # a step's share of dQ is that of the block before
+    skips: bool = False  # a warpgroup passes over blocks that see none of its keys
+    persistent: bool = False  # a CTA takes tile after tile
     registers: int = 240  # of each consumer thread
     producer_registers: int = 24
 
     @property
+    def wide(self) -> bool:
+        """Whether both warpgroups have the same keys, and each has some columns of dK and dV."""
+        return self.block_n == 64
+
+    @property
     def shared_bytes(self) -> int:
-        """Barriers take less than 256 bytes more."""
-        keys = 2 * 2 * self.padded * self.block_n
-        queries = 2 * 2 * self.padded * self.block_m + 2 * 4 * self.block_m
-        ds, dq = 2 * 2 * self.block_m * self.block_n, 4 * self.block_m * self.padded
-        return keys + self.slots * queries + ds + dq
+        """Barriers take less than 512 bytes more."""
+        keys = 2 * (self.padded + self.padded_v) * self.block_n
+        queries = (2 * self.padded + 4) * self.block_m * self.slots
+        douts = (2 * self.padded_v + 4) * self.block_m * self.dout_slots
+        ds, dq = 4 * 2 * 64 * self.block_m, 2 * 4 * 64 * 64
+        return keys + queries + douts + ds + dq
 
 
-def cannot_backward(problem: AttentionProblem, deterministic: bool) -> str | None:
+def cannot_backward(problem: AttentionProblem, deterministic: bool = False) -> str | None:
     """Why the kernel cannot do a problem whose forward the Hopper backend does, or None."""
     missing, reason = sorted(problem.features & MISSING), None
-    head_dim = max(problem.head_dim, problem.head_dim_v)
-    if problem.head_dim != problem.head_dim_v or not LEAST_DIM <= head_dim <= DIMS[-1]:
-        dims = f"{problem.head_dim} and {problem.head_dim_v}"
-        reason = f"does head dims from {LEAST_DIM} to {DIMS[-1]}, of k as of v, not {dims}"
-    elif problem.layout == "varlen" or problem.page_size:
-        reason = "does not do packed or paged sequences yet"
+    head_dim, head_dim_v = problem.head_dim, problem.head_dim_v
+    dims = f"not {head_dim} and {head_dim_v}"
+    if not all(LEAST_DIM <= n <= DIMS[-1] for n in (head_dim, head_dim_v)):
+        reason = f"does head dims from {LEAST_DIM} to {DIMS[-1]}, {dims}"
+    elif head_dim != head_dim_v and head_dim <= DIMS[1]:
+        reason = f"does values of another head dim than keys above {DIMS[1]}, {dims}"
+    elif problem.page_size:
+        reason = "does not do paged sequences yet"
     elif missing:
         reason = f"does not do {missing[0]} yet"
     elif "softcap" in problem.features and head_dim <= DIMS[0]:
         # 680 bytes of spills; 8.4 ms on an H200 at 16k where the portable kernels take 8.5.
         reason = f"has no registers for a softcap at head dims up to {DIMS[0]}"
-    elif deterministic:
-        reason = "adds the shares of dQ in any order"
+    elif deterministic and problem.group > 1:
+        # 30% under the portable kernels' rate at 32/8 heads: a group's tiles wait for each other.
+        reason = "adds shares of dQ in order too slowly for heads in groups"
     elif 0 in (problem.batch, problem.seqlen_q, problem.seqlen_k, problem.heads, problem.kv_heads):
         reason = "TMA has no empty tensors"
     return reason
 
 
-def backward_tile(problem: AttentionProblem) -> HopperBackwardTile:
-    """The tile for a problem that the kernel can do. A warpgroup's share of dQ is 64 x 64."""
-    if problem.head_dim <= DIMS[0]:
-        return HopperBackwardTile(problem.head_dim, 64, 128, 2)
-    return HopperBackwardTile(problem.head_dim, 128, 64, 2)
+def backward_tile(problem: AttentionProblem, deterministic: bool = False) -> HopperBackwardTile:
+    """The tile for a problem that the kernel can do. A share of dQ is 64 x 64."""
+    dim, dim_v = problem.head_dim, problem.head_dim_v
+    if dim > DIMS[1]:
+        padded_v = 128 if dim_v <= DIMS[1] else 256
+        tile = HopperBackwardTile(dim, dim_v, 256, padded_v, 64, dout_slots=1, block_n=64, kept=64)
+        return replace(tile, adds="in order") if deterministic else tile
+    padded, block_m = (64, 128) if dim <= DIMS[0] else (128, 64)
+    tile = HopperBackwardTile(dim, dim_v, padded, padded, block_m)
+    if deterministic:
+        return replace(tile, adds="in order")
+    return replace(tile, **_schedule(problem, padded))
+
+
+def _schedule(problem: AttentionProblem, padded: int) -> dict[str, Any]:
+    """What pays for a problem (H200, time of the main kernel over one without).
+
+    lags: full 1.9% to 6% at head dim 128 and 4% to 14% at 64, causal 2% to 16% from 1,024 on.
+    persistent: 3% to 5% more for full attention, whose tiles are alike; under a causal mask it
+    loses as much. "after the first", which clears no sums, with skips: causal 512 6% to 8%, while
+    longer tiles wait for the first. skips beside lags: 3% for packed sequences at head dim 64.
+    """
+    if problem.window_left < 0 and problem.window_right < 0:
+        return {"lags": True, "persistent": problem.layout != "varlen"}
+    if problem.layout != "varlen" and problem.seqlen_k <= SHORT:
+        return {"skips": True, "adds": "after the first"}
+    return {"lags": True, "skips": padded == DIMS[0]}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from flashtile.problem import ELEMENTWISE, AttentionProblem
 
@@ -38,6 +38,7 @@ class HopperTile:
     lazy_rescale: bool = False
     own_output: bool = True  # the output has shared memory of its own, not the queries'
     values: int = 0  # head dim of V's and the output's tiles, where it is not K's
+    pack: int = 1  # query heads of a KV head that take turns as rows of a tile
 
     @property
     def padded_v(self) -> int:
@@ -54,9 +55,8 @@ class HopperTile:
 
     @property
     def skips(self) -> bool:
-        """Whether a warpgroup may pass over blocks that its queries do not see: where turns must
-        not be equally many, and there may be such blocks within a tile."""
-        return self.block_m > self.block_n and not self.turns
+        """Whether there may be blocks in a tile that a warpgroup's queries do not see."""
+        return self.block_m > self.block_n
 
     @property
     def frees_queries(self) -> str:
@@ -103,6 +103,21 @@ TILES = (
 )  # fmt: skip
 
 
+MOST_PACKED = 64
+"""Rows of a warpgroup: a packed query has all of its heads in one."""
+
+PROCESSORS = 132
+"""Of an H100 or H200. Fewer tiles than these leave some idle, and packed ones more: 40 queries of
+4 x 32 heads on 65,536 keys take 0.78 ms packed and 0.63 apart, of 8 x 32 on 8,192 0.12 and 0.16."""
+
+PACKS = frozenset({
+    "alibi_slopes", "cache_batch_idx", "cache_leftpad", "learnable_sink", "seqused_k", "softcap",
+})  # fmt: skip
+"""Features of packed tiles: those that know one head for a tile have none of them."""
+
+CACHE_ONLY = frozenset({"fp8_cache", "tree_mask"})
+"""Features of calls over a cache, whose few queries are not what this kernel is for."""
+
 LEAST_PAGE = 8
 """Rows that shared memory is swizzled over: no part of a block is smaller."""
 
@@ -134,6 +149,12 @@ def cannot(problem: AttentionProblem) -> str | None:
         )
     elif 0 in (p.batch, p.seqlen_q, p.seqlen_k, p.heads, p.kv_heads):
         reason = "TMA has no empty tensors"
+    elif "scattered_cache" in p.features:
+        reason = (
+            "reads caches by TMA: strides in whole 16 bytes, none of them 0, k and v laid out alike"
+        )
+    elif found := sorted(p.features & CACHE_ONLY):
+        reason = f"has no {found[0]}"
     elif slower:
         reason = f"is slower than the portable kernel with {slower[0]} at this head dim"
     return reason
@@ -141,6 +162,22 @@ def cannot(problem: AttentionProblem) -> str | None:
 
 def forward_tile(problem: AttentionProblem) -> HopperTile:
     """The tile for a problem whose head dims have one."""
+    tile = _tile(problem)
+    return replace(tile, pack=packed_heads(problem, tile.block_m))
+
+
+def packed_heads(problem: AttentionProblem, block_m: int) -> int:
+    """Heads of a KV head that share tiles of block_m rows: the group, rounded up to a power of two,
+    if that saves an eighth of more tiles than run at the same time; else 1."""
+    p, pack = problem, 1 << max(0, problem.group - 1).bit_length()
+    if p.layout != "dense" or pack > MOST_PACKED or p.features - PACKS:
+        return 1
+    apart = -(-p.seqlen_q // block_m) * p.heads
+    packed = -(-p.seqlen_q * pack // block_m) * p.kv_heads
+    return pack if p.batch * apart > PROCESSORS and 8 * packed <= 7 * apart else 1
+
+
+def _tile(problem: AttentionProblem) -> HopperTile:
     p, padded = problem, padded_dim(problem.head_dim, problem.head_dim_v)
     matrix = bool(p.features & MATRICES)
     if padded == 64:
@@ -148,6 +185,7 @@ def forward_tile(problem: AttentionProblem) -> HopperTile:
         # longest tiles of a causal call are long enough from 8k on.
         long = p.seqlen_k >= (2048 if p.window_right < 0 else 8192)
         plain = not p.features & (ELEMENTWISE | {"dropout"}) and p.window_left < 0
+        plain = plain and not (p.layout == "dense" and p.seqlen_q <= _D64_SHORT.block_m)
         return _D64_LONG if long and plain else _D64_SHORT
     if padded == 128:
         return _D128_MATRIX if matrix else _D128

@@ -19,27 +19,36 @@ from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
 from flashtile import config, values
-from flashtile.backends import cache, replays
+from flashtile.backends import cache, cached, replays
 from flashtile.plan import Device, Plan, plan
-from flashtile.problem import UNBOUNDED, Call, Operands, Sequences, describe, mask_grid
+from flashtile.problem import E4M3, UNBOUNDED, Call, Operands, Sequences, describe, mask_grid
 
 _CALL = (
     "Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? attn_mask, Tensor? alibi_slopes, "
     "Tensor? learnable_sink, Tensor? document_ids_q, Tensor? document_ids_k, Tensor? rng_state, "
-    "Tensor? mask_blocks, "
+    "Tensor? mask_blocks, Tensor? tree_mask, Tensor? k_descale, Tensor? v_descale, "
+    "Tensor? mod_0, Tensor? mod_1, Tensor? mod_2, Tensor? mod_3, "
     "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? seqused_q, Tensor? seqused_k, "
     "Tensor? block_table, Tensor? cache_batch_idx, Tensor? cache_leftpad, "
     "SymInt max_seqlen_q, SymInt max_seqlen_k, "
     "float softmax_scale, SymInt window_left, SymInt window_right, float softcap, "
-    "float dropout_p, bool deterministic"
+    "float dropout_p, bool deterministic, int score_mod, int mask_mod, "
+    "int num_splits, int split_size, bool latent"
 )
 _CACHE_CALL = _CALL.replace("Tensor k, Tensor v", "Tensor(a!) k_cache, Tensor(b!) v_cache")
-_NEW_TOKENS = (
-    "Tensor k_new, Tensor v_new, Tensor? rotary_cos, Tensor? rotary_sin, bool rotary_interleaved"
+_CACHE_CALL = _CACHE_CALL.replace(
+    "Tensor? k_descale, Tensor? v_descale", "Tensor(c!)? k_descale, Tensor(d!)? v_descale"
 )
+_NEW_TOKENS = (
+    "Tensor? k_new, Tensor? v_new, Tensor? cu_seqlens_k_new, Tensor? rotary_cos, "
+    "Tensor? rotary_sin, Tensor? rotary_seqlens, Tensor? prefix_k, Tensor? prefix_v, "
+    "bool rotary_interleaved"
+)
+_UNCAST = (torch.float64, E4M3)
 _DIFFERENTIABLE = ("q", "k", "v", "bias", "learnable_sink")
 _POSITIONS = tuple(Operands._fields.index(name) for name in _DIFFERENTIABLE)
 _TENSORS = len(Operands._fields) + sum("max_" not in name for name in Sequences._fields)
+_NEW = len(cache.NewTokens._fields)
 _PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
 
 _library = torch.library.Library("flashtile", "DEF")
@@ -108,6 +117,13 @@ def _backend(chosen: Plan) -> Any:
     return importlib.import_module(f"flashtile.backends.{chosen.backend}")
 
 
+def _forward_of(chosen: Plan) -> Any:
+    """The module that computes a plan's forward."""
+    if chosen.decode is not None:
+        return importlib.import_module("flashtile.backends.decode")
+    return _backend(chosen)
+
+
 def _device_of(x: Tensor) -> AbstractContextManager[Any]:
     """Triton launches on the current device, which need not be the operands'."""
     return torch.cuda.device_of(x) if x.is_cuda else nullcontext()
@@ -119,7 +135,7 @@ def _run_forward(call: Call) -> tuple[Tensor, Tensor]:
     def compute(tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         call = Call.unflatten(tuple(form.flat(tensors)))
         chosen = _plan(call)
-        return _backend(chosen).forward(call, chosen)
+        return _forward_of(chosen).forward(call, chosen)
 
     return _run(kind_of_forward(form), tensors, compute)
 
@@ -176,18 +192,21 @@ def _run_backward(
     return list(_run(("backward", plan, needs, form), (*tensors, *results, *cotangents), compute))
 
 
-def _with_kvcache(
-    k_new: Tensor,
-    v_new: Tensor,
-    rotary_cos: Tensor | None,
-    rotary_sin: Tensor | None,
-    rotary_interleaved: bool,
-    *args: Any,
-) -> tuple[Tensor, Tensor]:
-    call = Call.unflatten(args)
-    new = cache.NewTokens(k_new, v_new, rotary_cos, rotary_sin, rotary_interleaved)
-    values.check_append(call, new)
-    return _run_forward(cache.append(call, new))
+def _with_kvcache(*args: Any) -> tuple[Tensor, Tensor]:
+    new, flat = cache.NewTokens(*args[:_NEW]), args[_NEW:]
+    values.check_append(Call.unflatten(flat), new)
+    form, tensors = Form.of(flat)
+    *parts, interleaved = new
+    given, count = tuple(x is not None for x in parts), len(tensors)
+
+    def compute(tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        call, rest = Call.unflatten(tuple(form.flat(tensors[:count]))), iter(tensors[count:])
+        which = (next(rest) if is_given else None for is_given in given)
+        again: tuple[Any, ...] = *which, interleaved
+        return cached.forward(call, cache.NewTokens(*again), _plan, _forward_of)
+
+    kind = "cache", plan, form, given, interleaved
+    return _run(kind, [*tensors, *(x for x in parts if isinstance(x, Tensor))], compute)
 
 
 def _classify(*args: Any) -> Tensor:
@@ -221,8 +240,8 @@ def _fake_classify(*args: Any) -> Tensor:
     return call.operands.q.new_empty(mask_grid(call), dtype=torch.uint8)
 
 
-def _fake_with_kvcache(k: Any, v: Any, cos: Any, sin: Any, interleaved: Any, *args: Any) -> Any:
-    return _fake_forward(*args)
+def _fake_with_kvcache(*args: Any) -> tuple[Tensor, Tensor]:
+    return _fake_forward(*args[_NEW:])
 
 
 class _Attention(torch.autograd.Function):
@@ -319,7 +338,7 @@ def _autocast(op: Any, key: str, first: int) -> Any:
         device_type = args[first].device.type
         dtype = torch.get_autocast_dtype(device_type)
         cast = [
-            x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x
+            x.to(dtype) if x.is_floating_point() and x.dtype not in _UNCAST else x
             for x in args[first : first + 3]
         ]
         with torch._C._ExcludeDispatchKeyGuard(without):

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
+from flashtile.decode_tiles import DecodeConfig, cannot_decode, decode_config
 from flashtile.hopper_tiles import HopperTile, cannot, forward_tile
 from flashtile.problem import UNBOUNDED, AttentionProblem
 from flashtile.tiles import KernelConfigs, configs, shortage
@@ -78,6 +79,7 @@ class Plan:
     kernels: KernelConfigs | None = None  # launches of the Triton backend
     nvidia: bool = False  # kernels may use PTX
     hopper: HopperTile | None = None  # forward of the Hopper backend
+    decode: DecodeConfig | None = None  # forward by the decode kernels, whose keys are split
 
 
 def backends(device: Device) -> list[tuple[str, str | None]]:
@@ -110,6 +112,8 @@ def _cannot(name: str, problem: AttentionProblem, device: Device) -> str | None:
         return None
     if problem.dtype == "float64":
         return "computes in float32, the inputs are float64"
+    if "fp8_cache" in problem.features and device.arch in ("sm_80", "sm_86", "sm_87"):
+        return f"needs instructions that convert e4m3 (sm_89), this device is {device.arch}"
     if max(problem.head_dim, problem.head_dim_v) > MAX_HEAD_DIM:
         wide = max(problem.head_dim, problem.head_dim_v)
         return f"holds a head_dim up to {MAX_HEAD_DIM} in registers, this one is {wide}"
@@ -130,13 +134,18 @@ def plan(problem: AttentionProblem, device: Device, among: tuple[str, ...] = BAC
     pairs = visible_pairs(problem) * problem.batch * problem.heads
     d, dv = problem.head_dim, problem.head_dim_v
     read, written = _traffic(problem)
-    kernels, hopper, tile = None, None, torch_tile(problem)
+    kernels, hopper, decode, tile = None, None, None, torch_tile(problem)
     if chosen in ("hopper", "triton"):
         kernels = configs(device.arch, problem.dtype, d, dv, problem.kind)
         tile = TileConfig(kernels.forward.block_q, kernels.forward.block_k)
     if chosen == "hopper":
         hopper = forward_tile(problem)
         tile = TileConfig(hopper.block_m, hopper.block_n)
+    # Latent keys are wider than the general kernels hold: only a backward is PyTorch's operators'.
+    wide = problem.latent and "triton" in among and _why_not("triton", device) is None
+    if (chosen in ("hopper", "triton") or wide) and cannot_decode(problem) is None:
+        decode = decode_config(device.arch, problem)
+        tile = TileConfig(decode.block_m, decode.block_n)
     return Plan(
         backend=chosen,
         tile=tile,
@@ -148,6 +157,7 @@ def plan(problem: AttentionProblem, device: Device, among: tuple[str, ...] = BAC
         kernels=kernels,
         nvidia=device.arch.startswith("sm_"),
         hopper=hopper,
+        decode=decode,
     )
 
 
@@ -185,5 +195,6 @@ def _traffic(problem: AttentionProblem) -> tuple[int, int]:
     size, p = problem.element_bytes, problem
     rows = p.batch * p.seqlen_q * p.heads
     keys = p.batch * p.seqlen_k * p.kv_heads
-    read = size * (rows * p.head_dim + keys * (p.head_dim + p.head_dim_v))
+    stored = 1 if "fp8_cache" in p.features else size
+    read = size * rows * p.head_dim + stored * keys * (p.head_dim + p.head_dim_v)
     return read, size * rows * p.head_dim_v + 4 * rows

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from flashtile.strides import alike
+
 UNBOUNDED = -1
 """A window side, or a max_seqlen, without a limit."""
 
@@ -31,6 +33,13 @@ class Operands(NamedTuple):
     document_ids_k: Tensor | None = None  # (batch, seqlen_k) or (total_k,), integer
     rng_state: Tensor | None = None  # (2,) int64: seed, offset; None without dropout
     mask_blocks: Tensor | None = None  # `mask_grid` uint8: tiles of the masks, see `mask_grid`
+    tree_mask: Tensor | None = None  # (1|batch, n, n) bool among the last seqlen_q keys
+    k_descale: Tensor | None = None  # fp32 scales of e4m3 k: see `quantize.scale_kind`
+    v_descale: Tensor | None = None
+    mod_0: Tensor | None = None  # what the user's functions read: score_mod's, then mask_mod's
+    mod_1: Tensor | None = None
+    mod_2: Tensor | None = None
+    mod_3: Tensor | None = None
 
 
 class Sequences(NamedTuple):
@@ -56,6 +65,11 @@ class Variant(NamedTuple):
     softcap: float = 0.0  # 0 is off
     dropout_p: float = 0.0
     deterministic: bool = False
+    score_mod: int = 0  # handles of the user's functions (see `mods.functions`), 0 is none
+    mask_mod: int = 0
+    num_splits: int = 0  # parts that a row's keys are cut into at most, 0 is planned
+    split_size: int = 0  # tokens of a part, whatever else is in the batch; 0 is no such size
+    latent: bool = False  # v is the first dims of k, in the same memory
 
 
 class Call(NamedTuple):
@@ -81,6 +95,23 @@ class Call(NamedTuple):
         return self.sequences.cu_seqlens_q is not None
 
     @property
+    def cached(self) -> bool:
+        """Whether k is a cache or its pages, by `seqused_k` tokens of each row in use."""
+        seqs = self.sequences
+        return (
+            seqs.cu_seqlens_k is None
+            and seqs.seqused_k is not None
+            and (seqs.block_table is not None or self.operands.k.dim() == 4)
+        )
+
+    @property
+    def held(self) -> bool:
+        """Whether keys are read from rows of a cache, or from pages, as far as each goes."""
+        s, k = self.sequences, self.operands.k
+        given = (s.cu_seqlens_k, s.seqused_k, s.cache_batch_idx, s.cache_leftpad, s.block_table)
+        return k.dim() == 4 and any(x is not None for x in given)
+
+    @property
     def banded(self) -> bool:
         """Whether causality or a window bounds the keys that a query sees."""
         return (self.variant.window_left, self.variant.window_right) != (UNBOUNDED, UNBOUNDED)
@@ -89,6 +120,11 @@ class Call(NamedTuple):
     def ragged(self) -> bool:
         """Whether sequences may differ in length or place."""
         return any(x is not None for x in self.sequences[:7])
+
+    @property
+    def quantized(self) -> bool:
+        """Whether k and v are e4m3, times scales."""
+        return self.operands.k.dtype == E4M3
 
     @property
     def batch(self) -> int:
@@ -119,6 +155,21 @@ class Call(NamedTuple):
         return (q.shape[1], q.shape[0]) if self.varlen else (q.shape[0], q.shape[2], q.shape[1])
 
 
+class Length(NamedTuple):
+    length: int
+
+
+class At(NamedTuple):
+    """Where scores stand, for users' functions in PyTorch (`mods.functions`): all broadcast."""
+
+    batch: Tensor | int
+    head: Tensor
+    q_idx: Tensor
+    k_idx: Tensor
+    q: Length
+    k: Length
+
+
 MASK_BLOCK = 128
 """Edge of the tiles that masks given as tensors are classified in."""
 
@@ -129,15 +180,18 @@ def mask_grid(call: Call) -> tuple[int, int, int, int]:
     mask = operands.attn_mask
     same = mask is None or mask.shape[0] == 1
     alike = same and operands.document_ids_q is None and not call.ragged
+    alike = alike and call.variant.mask_mod == 0  # whose ranges may differ
     heads = 1 if mask is None or mask.shape[1] == 1 else operands.q.shape[-2]
     tiles = ((n + MASK_BLOCK - 1) // MASK_BLOCK for n in (call.seqlen_q, call.seqlen_k))
     return (1 if alike else call.batch, heads, *tiles)  # type: ignore[return-value]
 
 
-ELEMENTWISE = frozenset({"alibi_slopes", "attn_mask", "bias", "document_ids", "softcap"})
+ELEMENTWISE = frozenset({
+    "alibi_slopes", "attn_mask", "bias", "document_ids", "mask_mod", "score_mod", "softcap",
+})  # fmt: skip
 """Features that do something to each score."""
 
-COMPUTED = frozenset({"alibi_slopes", "softcap"})
+COMPUTED = frozenset({"alibi_slopes", "mask_mod", "score_mod", "softcap"})
 """Those that compute it, without a matrix to read."""
 
 
@@ -159,6 +213,10 @@ class AttentionProblem:
     layout: str = "dense"  # dense or varlen
     page_size: int = 0  # 0 is not paged
     features: frozenset[str] = frozenset()  # names of the other features in use
+    total_q: int = 0  # rows of packed queries
+    num_splits: int = 0
+    split_size: int = 0
+    latent: bool = False
 
     @property
     def causal(self) -> bool:
@@ -192,7 +250,7 @@ def _features(call: Call) -> frozenset[str]:
     operands, sequences, variant = call
     names = {
         name
-        for name in ("bias", "attn_mask", "alibi_slopes", "learnable_sink")
+        for name in ("bias", "attn_mask", "alibi_slopes", "learnable_sink", "tree_mask")
         if getattr(operands, name) is not None
     }
     if operands.document_ids_q is not None:
@@ -202,10 +260,15 @@ def _features(call: Call) -> frozenset[str]:
         for name in ("seqused_q", "seqused_k", "cache_batch_idx", "cache_leftpad")
         if getattr(sequences, name) is not None
     }
+    if call.quantized:
+        names.add("fp8_cache")
+    if call.held and not alike(operands.k, operands.v):
+        names.add("scattered_cache")
     if variant.softcap > 0.0:
         names.add("softcap")
     if variant.dropout_p > 0.0:
         names.add("dropout")
+    names |= {name for name in ("score_mod", "mask_mod") if getattr(variant, name)}
     return frozenset(names)
 
 
@@ -228,6 +291,10 @@ def describe(call: Call) -> AttentionProblem:
         layout="varlen" if call.varlen else "dense",
         page_size=k.shape[1] if sequences.block_table is not None else 0,
         features=_features(call),
+        total_q=q.shape[0] if call.varlen else 0,
+        num_splits=variant.num_splits,
+        split_size=variant.split_size,
+        latent=variant.latent,
     )
 
 
@@ -244,3 +311,19 @@ def scale_or_default(softmax_scale: float | None, q: Tensor) -> float:
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 """The dtypes that q, k and v may have."""
+
+E4M3 = torch.float8_e4m3fn
+"""The dtype that k and v may have besides, and what a quantised cache is of."""
+
+
+def latent(k: Tensor, v: Tensor) -> bool:
+    """Whether v is the first dims of k in the same memory: multi-head latent attention's cache
+    (DeepSeek-V2, 2024). Whoever keeps what follows from it keeps the answer beside it."""
+    if v.shape[-1] >= k.shape[-1] or type(k) is not Tensor or torch.compiler.is_compiling():
+        return False
+    return (
+        k.shape[:-1] == v.shape[:-1]
+        and k.stride() == v.stride()
+        and k.dtype == v.dtype
+        and k.data_ptr() == v.data_ptr()
+    )

@@ -2,10 +2,11 @@
 
 An element of the attention matrix is kept or dropped by its global (batch, head, q, k) index and a
 (seed, offset) pair alone, so the mask is the same whatever the tile, the backend or the number of
-ranks. Generator: Philox-4x32 with 7 rounds, the fewest that pass BigCrush (Salmon et al.,
-"Parallel random numbers: as easy as 1, 2, 3", SC 2011, table 2).
+ranks. Generator: Philox-2x32 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC
+2011) with 6 rounds, the fewest of which its authors know no statistical flaw (philox.h of their
+Random123; of Philox-4x32 they say the same from 8 rounds on).
 
-One Philox block gives eight 16-bit numbers. The eight elements they serve are
+One Philox block gives two words, which make eight 15-bit numbers. The eight elements they serve are
 
     q = 16 a + 8 h + r,   k = 16 c + 8 g + 2 t + b      with h, g, b in {0, 1}
 
@@ -13,11 +14,18 @@ for one (a, r, c, t): q and q + 8, k and k + 8, k and k + 1. A tensor-core accum
 holds them all in one thread when queries are its rows, and two sets of four when keys are, so
 neither forward nor backward needs an exchange between threads to draw the mask.
 
-    counter = (8 a + r,  batch * heads + head,  4 c + t,  low 32 bits of offset)
-    key     = (low, high 32 bits of seed)
-    number  = 16-bit half b of word 2 h + g
+    u, v       = philox((low, high 32 bits of seed), low 32 bits of offset)
+    start, key = philox((u xor (batch * heads + head), v), high 32 bits of offset)
+    w0, w1     = philox((start + 8 a + r, 4 c + t), key)
+    words      = w0,  w1,  257 w0 + w1,  255 w1 + w0       (all modulo 2**32)
+    number     = lower 15 bits of 16-bit half b of word 2 h + g
 
-An element is dropped where its number is below round(65536 p).
+An element is dropped where its number is below round(32768 p): each with the same probability,
+within 2**-16 of p. Any two words are independent of each other, but for the last bit of the last
+two. The eight numbers share 64 bits as follows: their upper 7 bits are independent, the lower 8
+are sums of bits that others have used, but tell only where the upper 7 are the threshold's, in one
+case of 128. Tests hold how often each of the 256 ways to drop eight elements comes against eight
+coins.
 """
 
 from __future__ import annotations
@@ -25,10 +33,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-ROUNDS = 7
+ROUNDS = 6
 LOW32 = 0xFFFFFFFF
-_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
-_WEYL = (0x9E3779B9, 0xBB67AE85)
+NUMBERS = 2**15
+"""Numbers are below this."""
+
+_MULTIPLIER = 0xD256D193
+_WEYL = 0x9E3779B9
 
 
 def draw_rng_state(device: torch.device, generator: torch.Generator | None = None) -> Tensor:
@@ -37,31 +48,36 @@ def draw_rng_state(device: torch.device, generator: torch.Generator | None = Non
 
 
 def drop_threshold(dropout_p: float) -> int:
-    """16-bit numbers below this are dropped."""
-    return round(dropout_p * 65536)
+    """Numbers below this are dropped."""
+    return round(dropout_p * NUMBERS)
 
 
-def philox(counter: tuple[Tensor, ...], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
-    """Philox-4x32-7. Four counter words to four random words, int64 tensors in [0, 2**32).
+def philox(counter: tuple[Tensor, Tensor], key: Tensor, rounds: int = ROUNDS) -> tuple[Tensor, ...]:
+    """Philox-2x32. Two counter words and a key to two random words, int64 tensors in [0, 2**32).
 
     The words may have different, broadcastable shapes: a round only widens what it has to.
     """
-    c0, c1, c2, c3 = counter
-    k0, k1 = key
-    for _ in range(ROUNDS):
-        # A 32 x 32 bit product wraps in int64, its bits stay right; c1 and c3 carry their upper
-        # halves along, since they are only xored into words that are masked here.
-        p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
-        c0, c1 = ((p1 >> 32) ^ c1 ^ k0) & LOW32, p1
-        c2, c3 = ((p0 >> 32) ^ c3 ^ k1) & LOW32, p0
-        k0, k1 = (k0 + _WEYL[0]) & LOW32, (k1 + _WEYL[1]) & LOW32
-    return c0, c1 & LOW32, c2, c3 & LOW32
+    c0, c1 = counter
+    for _ in range(rounds):
+        # A 32 x 32 bit product wraps in int64, its bits stay right; c1 carries its upper half
+        # along, since it is only xored into a word that is masked here.
+        product = c0 * _MULTIPLIER
+        c0, c1 = ((product >> 32) ^ c1 ^ key) & LOW32, product
+        key = (key + _WEYL) & LOW32
+    return c0, c1 & LOW32
 
 
-def split_state(rng_state: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
-    """(key words, counter word) of an rng_state."""
-    seed, offset = rng_state[0], rng_state[1]
-    return (seed & LOW32, (seed >> 32) & LOW32), offset & LOW32
+def draw_words(rng_state: Tensor, head: Tensor, q_group: Tensor, k_group: Tensor) -> list[Tensor]:
+    """The four words of blocks: int64 tensors in [0, 2**32).
+
+    head (batch * heads + head), q_group (8 a + r) and k_group (4 c + t) are int64 index tensors
+    that broadcast to the result.
+    """
+    low, high = rng_state & LOW32, (rng_state >> 32) & LOW32
+    u, v = philox((low[0], high[0]), low[1])
+    start, key = philox((u ^ head, v), high[1])
+    w0, w1 = philox(((start + q_group) & LOW32, k_group), key)
+    return [w0, w1, (257 * w0 + w1) & LOW32, (255 * w1 + w0) & LOW32]
 
 
 def keep_mask(rng_state: Tensor, dropout_p: float, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
@@ -69,12 +85,9 @@ def keep_mask(rng_state: Tensor, dropout_p: float, head: Tensor, q: Tensor, k: T
 
     head (batch * heads + head), q and k are int64 index tensors that broadcast to the result.
     """
-    key, offset = split_state(rng_state)
-    q_group = (q >> 4) * 8 + (q & 7)
-    k_group = (k >> 4) * 4 + ((k >> 1) & 3)
-    words = philox((q_group, head, k_group, offset), key)
+    words = draw_words(rng_state, head, (q >> 4) * 8 + (q & 7), (k >> 4) * 4 + ((k >> 1) & 3))
     h, g, b = (q >> 3) & 1, (k >> 3) & 1, k & 1
     low = torch.where(g == 0, words[0], words[1])
     high = torch.where(g == 0, words[2], words[3])
     word = torch.where(h == 0, low, high)
-    return ((word >> (16 * b)) & 0xFFFF) >= drop_threshold(dropout_p)
+    return ((word >> (16 * b)) & (NUMBERS - 1)) >= drop_threshold(dropout_p)

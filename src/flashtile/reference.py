@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from flashtile.problem import Call, Sequences, scale_or_default, window_sides
+from flashtile.problem import E4M3, At, Call, Length, Sequences, scale_or_default, window_sides
+from flashtile.quantize import encode, scale_kind, token_scales
 from flashtile.random import keep_mask
 from flashtile.rotary import query_positions, rotate
 
@@ -37,6 +38,15 @@ class _Variant(NamedTuple):
     documents: Any  # (ids of q, ids of k) or None
     dropout_p: float
     rng_state: Tensor | None
+    tree_mask: Tensor | None = None  # (1 | batch, n, n)
+    functions: tuple[Any, Any] = (None, None)  # score_mod, mask_mod
+
+
+class _Scales(NamedTuple):
+    """fp32 scales of e4m3 k and v."""
+
+    k: Tensor | None = None
+    v: Tensor | None = None
 
 
 class _Sequence(NamedTuple):
@@ -46,6 +56,8 @@ class _Sequence(NamedTuple):
     q: Tensor  # (seqlen_q, heads, head_dim)
     k: Tensor  # (seqlen_k, kv_heads, head_dim)
     v: Tensor
+    k_scale: Tensor | None  # broadcasts to k
+    v_scale: Tensor | None
     q_start: int  # first row in q's token dimension
     k_start: int  # first slot in k's token dimension
     k_slot: int  # first slot, counted from the start of the sequence
@@ -74,6 +86,11 @@ def attention(
     block_table: Tensor | None = None,
     cache_batch_idx: Tensor | None = None,
     cache_leftpad: Tensor | None = None,
+    tree_mask: Tensor | None = None,
+    k_descale: Tensor | None = None,
+    v_descale: Tensor | None = None,
+    score_mod: Any = None,
+    mask_mod: Any = None,
     dtype: torch.dtype | None = torch.float64,
 ) -> AttentionResult:
     """softmax(mask(mods(q k^T * scale))) v, and its log-sum-exp.
@@ -90,6 +107,8 @@ def attention(
     variant = _Variant(
         scale_or_default(softmax_scale, q), left, right, softcap, slopes, bias, attn_mask,
         learnable_sink, ids, dropout_p, rng_state,
+        tree_mask[None] if tree_mask is not None and tree_mask.dim() == 2 else tree_mask,
+        (score_mod, mask_mod),
     )  # fmt: skip
     dtype = q.dtype if dtype is None else dtype
     seqs = Sequences(
@@ -99,7 +118,7 @@ def attention(
     shape = (*q.shape[:-1], v.shape[-1])
     out = torch.zeros(shape, dtype=dtype, device=q.device)
     lse = torch.full(shape[:-1], -math.inf, dtype=_at_least_fp32(dtype), device=q.device)
-    for sequence in _sequences(q, k, v, seqs):
+    for sequence in _sequences(q, k, v, seqs, _Scales(k_descale, v_descale)):
         o, row_lse = _attend(sequence, variant, dtype)
         rows = slice(sequence.q_start, sequence.q_start + o.shape[0])
         at = rows if cu_seqlens_q is not None else (sequence.batch, rows)
@@ -117,42 +136,67 @@ def attention_with_kvcache(
     rotary_cos: Tensor | None = None,
     rotary_sin: Tensor | None = None,
     rotary_interleaved: bool = True,
+    rotary_seqlens: Tensor | None = None,
     cache_seqlens: int | Tensor | None = None,
     cache_batch_idx: Tensor | None = None,
     block_table: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k_new: Tensor | None = None,
     causal: bool = False,
     window_size: tuple[int | None, int | None] = (-1, -1),
+    k_descale: Tensor | None = None,
+    v_descale: Tensor | None = None,
     **keywords: Any,
 ) -> tuple[AttentionResult, Tensor, Tensor]:
     """Append k and v to the cache, rotate, and attend: ((out, lse), new k_cache, new v_cache).
 
-    Shapes and keywords as `flash_attn_with_kvcache` and `attention`. The inputs stay as they are.
+    Shapes and keywords as `flash_attn_with_kvcache` and `attention`. The inputs stay as they are,
+    but for scales of tokens, which are written.
     """
-    batch = q.shape[0]
+    batch = q.shape[0] if cu_seqlens_q is None else len(cu_seqlens_q) - 1
     capacity = k_cache.shape[1] * (block_table.shape[1] if block_table is not None else 1)
     lengths = torch.as_tensor(capacity if cache_seqlens is None else cache_seqlens).to(q.device)
     lengths = lengths.expand(batch).to(torch.int64)
-    k_cache, v_cache = k_cache.clone(), v_cache.clone()
-    if rotary_cos is not None and rotary_sin is not None and k is not None:
-        advance = window_sides(window_size, causal) != (-1, -1)
-        q_at = query_positions(lengths, q.shape[1], advance)
-        k_at = query_positions(lengths, k.shape[1], True)
-        q = rotate(q, rotary_cos, rotary_sin, q_at, rotary_interleaved)
-        k = rotate(k, rotary_cos, rotary_sin, k_at, rotary_interleaved)
+    k_cache, v_cache, q = k_cache.clone(), v_cache.clone(), q.clone()
+    advance = window_sides(window_size, causal) != (-1, -1)
+    after = lengths.clone()
     if k is not None and v is not None:
         for b in range(batch):
-            for i in range(k.shape[1]):
-                page, slot = _locate(b, int(lengths[b]) + i, k_cache, block_table, cache_batch_idx)
-                k_cache[page, slot], v_cache[page, slot] = k[b, i], v[b, i]
-        lengths = lengths + k.shape[1]
+            queries, keys, values = (
+                x[b] if cu is None else x[slice(*_span(cu, b))]
+                for x, cu in ((q, cu_seqlens_q), (k, cu_seqlens_k_new), (v, cu_seqlens_k_new))
+            )
+            after[b] += len(keys)
+            if rotary_cos is not None and rotary_sin is not None:
+                start = (lengths if rotary_seqlens is None else rotary_seqlens)[b : b + 1]
+                at = query_positions(start, len(queries), advance)
+                turn = rotary_cos, rotary_sin
+                queries.copy_(rotate(queries[None], *turn, at, rotary_interleaved)[0])
+                at = query_positions(start, len(keys), True)
+                keys = rotate(keys[None], *turn, at, rotary_interleaved)[0]
+            for i in range(len(keys)):
+                slot = _locate(b, int(lengths[b]) + i, k_cache, block_table, cache_batch_idx)
+                _store(keys[i], k_cache, k_descale, b, slot)
+                _store(values[i], v_cache, v_descale, b, slot)
     result = attention(
-        q, k_cache, v_cache, causal=causal, window_size=window_size, seqused_k=lengths,
-        block_table=block_table, cache_batch_idx=cache_batch_idx, **keywords,
+        q, k_cache, v_cache, causal=causal, window_size=window_size, seqused_k=after,
+        cu_seqlens_q=cu_seqlens_q, block_table=block_table, cache_batch_idx=cache_batch_idx,
+        k_descale=k_descale, v_descale=v_descale, **keywords,
     )  # fmt: skip
     return result, k_cache, v_cache
 
 
-def signed_probabilities(call: Call) -> Tensor:
+def _store(x: Tensor, cache: Tensor, scale: Tensor | None, b: int, at: tuple[int, int]) -> None:
+    """Put a token (kv_heads, head_dim) into a cache, quantised if that is."""
+    if cache.dtype == E4M3:
+        if scale is not None and scale_kind(scale, cache, -1) == "token":
+            scale[at] = token_scales(x)
+        here = _scale_of(scale, cache, b, at)
+        x = encode(x, None if here is None else here[..., 0])
+    cache[at] = x
+
+
+def signed_probabilities(call: Call, score_mod: Any = None, mask_mod: Any = None) -> Tensor:
     """FlashAttention-2's S_dmask of a call: P in q's dtype, negative where dropped.
 
     (batch, heads, seqlen_q, seqlen_k) rounded up to multiples of 128, zero outside the sequences.
@@ -164,9 +208,9 @@ def signed_probabilities(call: Call) -> Tensor:
         scalars.softmax_scale, scalars.window_left, scalars.window_right, scalars.softcap,
         None if slopes is None else slopes.reshape(-1, q.shape[-2]), operands.bias,
         operands.attn_mask, operands.learnable_sink, None if ids[0] is None else ids,
-        scalars.dropout_p, operands.rng_state,
+        scalars.dropout_p, operands.rng_state, operands.tree_mask, (score_mod, mask_mod),
     )  # fmt: skip
-    sequences = list(_sequences(q, k, v, seqs))
+    sequences = list(_sequences(q, k, v, seqs, _Scales(operands.k_descale, operands.v_descale)))
     longest_q = max((len(x.q) for x in sequences), default=0) if call.varlen else q.shape[1]
     longest_k = max((len(x.k) for x in sequences), default=0) if call.varlen else call.seqlen_k
     seqlen_q, seqlen_k = (-(-max(x) // 128) * 128 for x in (
@@ -193,7 +237,9 @@ def _locate(
     return (batch if batch_idx is None else int(batch_idx[batch])), slot
 
 
-def _sequences(q: Tensor, k: Tensor, v: Tensor, seqs: Sequences) -> Iterator[_Sequence]:
+def _sequences(
+    q: Tensor, k: Tensor, v: Tensor, seqs: Sequences, scales: _Scales
+) -> Iterator[_Sequence]:
     """Cut a call into its sequences."""
     cu_q, cu_k, table, rows = (
         seqs.cu_seqlens_q, seqs.cu_seqlens_k, seqs.block_table, seqs.cache_batch_idx,
@@ -213,13 +259,29 @@ def _sequences(q: Tensor, k: Tensor, v: Tensor, seqs: Sequences) -> Iterator[_Se
             at = [_locate(b, slot, k, table, rows) for slot in slots]
             pages = torch.tensor([page for page, _ in at], dtype=torch.long, device=k.device)
             inside = torch.tensor([slot for _, slot in at], dtype=torch.long, device=k.device)
-            keys, values = k[pages, inside], v[pages, inside]
+            where: Any = (pages, inside)
         else:
-            row = b if rows is None else int(rows[b])
-            keys, values = (x[row] if k.dim() == 4 else x for x in (k, v))
-            keys, values = (x[slots.start : slots.stop] for x in (keys, values))
+            span = slice(slots.start, slots.stop)
+            where = (b if rows is None else int(rows[b]), span) if k.dim() == 4 else span
+        keys, values = (
+            x.view(torch.uint8)[where].view(E4M3) if x.dtype == E4M3 else x[where] for x in (k, v)
+        )
+        k_scale, v_scale = (
+            _scale_of(scale, x, b, where) for scale, x in ((scales.k, k), (scales.v, v))
+        )
         queries = (q[b] if cu_q is None else q)[q_start:q_stop]
-        yield _Sequence(b, queries, keys, values, q_start, slots.start, pad)
+        yield _Sequence(b, queries, keys, values, k_scale, v_scale, q_start, slots.start, pad)
+
+
+def _scale_of(scale: Tensor | None, x: Tensor, batch: int, where: Any) -> Tensor | None:
+    """The scales of one sequence's keys or values; it broadcasts to them."""
+    if scale is None:
+        return None
+    if scale_kind(scale, x, -1) == "token":
+        scale = scale[where]
+    elif scale.dim() == 2:
+        scale = scale[batch]
+    return scale.unsqueeze(-1)
 
 
 def _span(cu_seqlens: Tensor, b: int) -> tuple[int, int]:
@@ -232,7 +294,7 @@ def _attend(seq: _Sequence, variant: _Variant, dtype: torch.dtype) -> tuple[Tens
     if variant.dropout_p > 0.0:
         p = p * _keep(seq, variant, p.shape).to(p.dtype) / (1.0 - variant.dropout_p)
     group = seq.q.shape[1] // max(1, seq.k.shape[1])
-    v = seq.v.to(dtype).repeat_interleave(group, dim=1)
+    v = _wide(seq.v, seq.v_scale, dtype).repeat_interleave(group, dim=1)
     return torch.einsum("hqk,khd->qhd", p, v), lse.T
 
 
@@ -257,10 +319,15 @@ def _probabilities(seq: _Sequence, variant: _Variant, dtype: torch.dtype) -> tup
     return (e / total).to(dtype), lse.squeeze(-1)
 
 
+def _wide(x: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    x = x.to(dtype)
+    return x if scale is None else x * scale.to(dtype)
+
+
 def _scores(seq: _Sequence, variant: _Variant, dtype: torch.dtype) -> Tensor:
     """Scores after every mod and mask: (heads, seqlen_q, seqlen_k), -inf where not seen."""
     group = seq.q.shape[1] // max(1, seq.k.shape[1])
-    k = seq.k.to(dtype).repeat_interleave(group, dim=1)
+    k = _wide(seq.k, seq.k_scale, dtype).repeat_interleave(group, dim=1)
     s = torch.einsum("qhd,khd->hqk", seq.q.to(dtype) * variant.scale, k)
     seqlen_q, seqlen_k = s.shape[1:]
     q_idx = torch.arange(seqlen_q, device=s.device)[:, None]
@@ -273,13 +340,22 @@ def _scores(seq: _Sequence, variant: _Variant, dtype: torch.dtype) -> Tensor:
         s = s - slopes[:, None, None] * distance.abs()
     if variant.bias is not None:
         s = s + _window_of(variant.bias, seq, seqlen_q, seqlen_k).to(dtype)
+    head = torch.arange(len(s), device=s.device)[:, None, None]
+    at = At(seq.batch, head, q_idx, k_idx, Length(seqlen_q), Length(seqlen_k))
+    score_mod, mask_mod = variant.functions
+    if score_mod is not None:
+        s = score_mod.eager[0](s, at, score_mod.args)
     visible = torch.ones_like(distance, dtype=torch.bool)
+    if mask_mod is not None:
+        visible = visible & mask_mod.eager(at, mask_mod.args)
     if variant.left >= 0:
         visible = visible & (distance >= -variant.left)
     if variant.right >= 0:
         visible = visible & (distance <= variant.right)
     if variant.documents is not None:
         visible = visible & _same_document(seq, variant.documents)
+    if variant.tree_mask is not None:
+        visible = visible & _in_tree(variant.tree_mask[seq.batch % len(variant.tree_mask)], visible)
     if variant.attn_mask is not None:
         mask = _window_of(variant.attn_mask, seq, seqlen_q, seqlen_k)
         if mask.dtype == torch.bool:
@@ -294,6 +370,15 @@ def _window_of(x: Tensor, seq: _Sequence, seqlen_q: int, seqlen_k: int) -> Tenso
     x = x.reshape((1,) * (4 - x.dim()) + tuple(x.shape))
     x = x[seq.batch % x.shape[0]][..., seq.k_slot : seq.k_slot + seqlen_k]
     return x if x.shape[-2] == 1 else x[:, :seqlen_q]
+
+
+def _in_tree(tree: Tensor, like: Tensor) -> Tensor:
+    """(seqlen_q, seqlen_k): what the tree shows among the first queries and the last keys."""
+    seen, first = torch.ones_like(like), like.shape[1] - like.shape[0]
+    for i in range(min(len(tree), like.shape[0])):
+        for j in range(max(0, -first), min(len(tree), like.shape[0])):
+            seen[i, first + j] = tree[i, j]
+    return seen
 
 
 def _same_document(seq: _Sequence, documents: tuple[Tensor, Tensor]) -> Tensor:

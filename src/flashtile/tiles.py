@@ -24,6 +24,9 @@ Specifications per Compute Capability"; AMD CDNA 3 ISA, section 1)."""
 LEAST_SHARED = 65_536
 """The limit assumed of an architecture that is not listed."""
 
+WIDEST = 512
+"""The head dim that accumulators hold."""
+
 KERNELS = ("forward", "dq", "dkdv", "dbias")
 
 
@@ -227,7 +230,7 @@ _BETTER: dict[tuple[str, str, int, str], _Numbers] = {
     ("sm_90", "forward", 1, "dropout"): (128, 128, 8, 3),
     ("sm_90", "dq", 0, "dropout"): (64, 64, 4, 3),
     ("sm_90", "dkdv", 0, "dropout"): (32, 64, 4, 3),
-    ("sm_90", "dkdv", 1, "dropout"): (32, 64, 4, 3),
+    ("sm_90", "dkdv", 1, "dropout"): (64, 128, 8, 3),
     ("sm_90", "forward", 0, "masked dropout"): (64, 64, 4, 3),
     ("sm_90", "dq", 0, "masked dropout"): (64, 32, 4, 3),
     ("sm_90", "dkdv", 0, "masked dropout"): (32, 64, 4, 3),

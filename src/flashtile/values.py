@@ -48,28 +48,49 @@ def check(call: Call) -> None:
 
 
 def check_append(call: Call, new: NewTokens) -> None:
-    """Lengths and tables of a call that appends: nothing has been written yet."""
+    """Lengths and tables of a call over a cache that may append: nothing has been written yet."""
     if not _reads(call.operands.q):
         return
-    lengths, capacity, seqlen_new = call.sequences.seqused_k, call.seqlen_k, new.k.shape[1]
+    if new.k is None:
+        check(call)
+        return
+    lengths, capacity, seqs = call.sequences.seqused_k, call.seqlen_k, call.sequences
     if lengths is None or lengths.numel() == 0:
         return
+    _check_offsets("cu_seqlens_q", seqs.cu_seqlens_q, call.operands.q.shape[0])
+    _check_offsets("cu_seqlens_k_new", new.cu_seqlens, new.k.shape[0])
+    _check_longest("max_seqlen_q", seqs.max_seqlen_q, seqs.cu_seqlens_q)
     if int(lengths.min()) < 0:
         raise ValueError(f"cache_seqlens holds {int(lengths.min())}; lengths are at least 0")
-    if (after := _largest(lengths) + seqlen_new) > capacity:
-        where = "block_table" if call.sequences.block_table is not None else "k_cache"
+    counts = lengths * 0 + new.k.shape[1] if new.cu_seqlens is None else new.cu_seqlens.diff()
+    after = lengths + counts
+    if (most := _largest(after)) > capacity:
+        where = "block_table" if seqs.block_table is not None else "k_cache"
+        tokens = int(counts[int(after.argmax())])
         raise ValueError(
-            f"cache_seqlens plus {seqlen_new} new tokens reaches {after}; {where} holds {capacity}"
+            f"cache_seqlens plus {tokens} new tokens reaches {most}; {where} holds {capacity}"
         )
     if new.rotary_cos is not None:
-        last = _largest(lengths) + max(seqlen_new, call.operands.q.shape[1] if call.banded else 1)
-        if last > new.rotary_cos.shape[0]:
-            raise ValueError(
-                f"rotary_cos has {new.rotary_cos.shape[0]} positions; cache_seqlens plus the new "
-                f"tokens needs {last}"
-            )
+        _check_positions(call, new, counts, new.rotary_cos.shape[0])
+    _check_used("cache_leftpad", seqs.cache_leftpad, None, call.seqlen_k)
     _check_rows(call)
-    _check_pages(call, lengths + seqlen_new)
+    _check_pages(call, after)
+
+
+def _check_positions(call: Call, new: NewTokens, counts: Tensor, positions: int) -> None:
+    """Every token has a rotary position."""
+    lengths, cu_seqlens_q = call.sequences.seqused_k, call.sequences.cu_seqlens_q
+    start = lengths if new.rotary_seqlens is None else new.rotary_seqlens
+    assert start is not None
+    queries = counts * 0 + call.seqlen_q if cu_seqlens_q is None else cu_seqlens_q.diff()
+    steps = torch.maximum(counts, queries if call.banded else queries.clamp(max=1))
+    name = "cache_seqlens" if new.rotary_seqlens is None else "rotary_seqlens"
+    if int(start.min()) < 0:
+        raise ValueError(f"{name} holds {int(start.min())}; positions are at least 0")
+    if (last := _largest(start + steps)) > positions:
+        raise ValueError(
+            f"rotary_cos has {positions} positions; {name} plus the new tokens needs {last}"
+        )
 
 
 def _largest(x: Tensor) -> int:

@@ -59,3 +59,30 @@ def test_gradients() -> None:
     outs, lses = outs[..., :2].double().requires_grad_(), lses.double().requires_grad_()
     small = (outs[:, :1, :2, :2], lses[:, :1, :2, :2])
     assert torch.autograd.gradcheck(flash_attn_combine, small)
+
+
+def test_empty_unions_have_zero_gradients() -> None:
+    """Rows of which every part is empty, beside rows of which one is."""
+    outs, lses, _, _ = _parts(2)
+    lses[:, 0] = -math.inf
+    lses[0, 1] = -math.inf
+    outs, lses = outs.requires_grad_(), lses.requires_grad_()
+    out, lse = flash_attn_combine(outs, lses)
+    assert out[0].eq(0).all()
+    assert lse[0].eq(-math.inf).all()
+    grads = torch.autograd.grad((out.sum() + lse[1].sum()), (outs, lses))
+    for grad in grads:
+        assert grad.isfinite().all()
+        assert grad[:, 0].eq(0).all()
+        assert grad[0, 1].eq(0).all()
+
+
+def test_what_an_empty_part_holds_does_not_matter() -> None:
+    outs, lses, whole, lse = _parts(2)
+    garbage = torch.full_like(outs[:1], math.nan)
+    none = torch.full_like(lses[:1], -math.inf)
+    found, found_lse = flash_attn_combine(torch.cat((outs, garbage)), torch.cat((lses, none)))
+    torch.testing.assert_close(found, whole)
+    torch.testing.assert_close(found_lse, lse)
+    both, _ = flash_attn_combine(torch.cat((garbage,) * 2), torch.cat((none,) * 2))
+    assert both.eq(0).all()

@@ -10,11 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from flashtile import hopper_tiles
+from flashtile import hopper_tiles, strides
 from flashtile.api import normalise
-from flashtile.backends import hopper, tensormaps
+from flashtile.backends import hopper, hopper_backward, tensormaps
+from flashtile.explain import explain_problem
 from flashtile.hopper_backward_tiles import backward_tile, cannot_backward
 from flashtile.hopper_tiles import TILES, cannot, forward_tile, padded_dim
+from flashtile.kernels.numbers import opaque
 from flashtile.plan import Device, plan
 from flashtile.problem import AttentionProblem, describe
 
@@ -53,16 +55,20 @@ def test_what_the_kernel_cannot_do_is_said() -> None:
 
 
 def test_what_the_backward_leaves_to_the_portable_kernels() -> None:
-    assert cannot_backward(LLAMA, deterministic=False) is None
-    assert "any order" in (cannot_backward(LLAMA, deterministic=True) or "")
+    packed = {"layout": "varlen", "features": frozenset({"seqused_q", "seqused_k"})}
+    for problem in (LLAMA, replace(LLAMA, **packed)):  # type: ignore[arg-type]
+        assert cannot_backward(problem) is None
     for changes, reason in (
-        ({"head_dim": 256, "head_dim_v": 256}, "not 256 and 256"),
-        ({"layout": "varlen"}, "packed"),
+        ({"head_dim": 264, "head_dim_v": 264}, "not 264 and 264"),
+        ({"head_dim": 256, "head_dim_v": 32}, "not 256 and 32"),
+        ({"head_dim": 128, "head_dim_v": 64}, "above 128, not 128 and 64"),
+        ({"page_size": 64}, "paged"),
+        ({"features": frozenset({"score_mod"})}, "score_mod"),
         ({"features": frozenset({"dropout"})}, "dropout"),
         ({"head_dim": 64, "head_dim_v": 64, "features": frozenset({"softcap"})}, "registers"),
     ):
         problem = replace(LLAMA, **changes)  # type: ignore[arg-type]
-        assert reason in (cannot_backward(problem, deterministic=False) or "")
+        assert reason in (cannot_backward(problem) or "")
 
 
 def test_tiles_fit_and_do_not_depend_on_lengths_alone() -> None:
@@ -71,9 +77,15 @@ def test_tiles_fit_and_do_not_depend_on_lengths_alone() -> None:
         assert tile.shared_bytes + 256 <= 232_448
         assert tile.slots + (tile.warpgroups if tile.turns else 0) <= 9
         assert tile.frees_queries in ("loaded", "read", "stored")
-    for dim in (64, 128):
-        tile = backward_tile(replace(LLAMA, head_dim=dim, head_dim_v=dim))
-        assert tile.shared_bytes + 256 <= 232_448
+    for dim, dim_v in ((64, 64), (128, 128), (192, 128), (192, 192), (256, 256), (256, 64)):
+        problem = replace(LLAMA, head_dim=dim, head_dim_v=dim_v)
+        assert cannot_backward(problem) is None
+        backward = backward_tile(problem)
+        assert backward.shared_bytes + 1024 <= 232_448
+        assert backward.dim_v <= backward.padded_v <= backward.padded
+        assert backward.wide == (dim > 128)
+        assert backward.adds == "in any order"
+    assert backward_tile(LLAMA, deterministic=True).adds == "in order"
     short = replace(LLAMA, head_dim=64, head_dim_v=64, seqlen_q=512, seqlen_k=512)
     long = replace(short, seqlen_q=16384, seqlen_k=16384)
     assert (forward_tile(short).warpgroups, forward_tile(long).warpgroups) == (2, 3)
@@ -82,15 +94,44 @@ def test_tiles_fit_and_do_not_depend_on_lengths_alone() -> None:
     assert hopper_tiles.forward_tile(LLAMA).block_m == 128
 
 
+@pytest.mark.parametrize(
+    ("tiles", "together"),
+    [(4, 64), (5, 64), (16, 16), (64, 4), (65, 4), (128, 2), (256, 1), (999, 1)],
+)
+def test_backward_tiles_are_taken_longest_first_over_some_heads(tiles: int, together: int) -> None:
+    """At least 256 tiles, of a power of two of heads."""
+    assert hopper_backward.heads_together(tiles) == together
+
+
+def test_backward_tiles_of_a_launch() -> None:
+    """Dense: pairs of a batch and a KV head. Packed: slots for any lengths, all heads together."""
+    cu_seqlens = torch.tensor([0, 5, 300, 700], dtype=torch.int32)
+    dense = normalise(*(_half(2, 700, heads, 128) for heads in (8, 2, 2)), causal=True)
+    packed = normalise(*(_half(700, heads, 128) for heads in (8, 2, 2)), causal=True,
+                       cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens, max_seqlen_q=400,
+                       max_seqlen_k=400)  # fmt: skip
+    for call, grid, wanted in ((dense, 24, [6, 11, 4, 4]), (packed, 18, [9, 14, 2, 2])):
+        tile = backward_tile(describe(call))
+        lse = torch.zeros(call.lse_shape)
+        space = hopper_backward.workspace(call, tile, lse)
+        q, k, v = call.operands[:3]
+        launch = hopper_backward.gradient_launch(call, tile, space, q, k, v)
+        work = launch.arguments[-2]
+        assert launch.grid == grid
+        assert work[:4] == tuple(map(opaque, wanted))
+        blocks = wanted[1] * q.shape[-2] * (1 if call.varlen else 2)
+        assert space.rows.shape == (2 * blocks, 64)
+
+
 def test_which_tensors_tma_can_address() -> None:
     x = _half(2, 20, 4, 64)
-    assert tensormaps.maps(x)
-    assert tensormaps.maps(x.transpose(1, 2).contiguous().transpose(1, 2))
-    assert tensormaps.maps(_half(2, 20, 3, 4, 64)[:, :, 1])
-    assert tensormaps.maps(x[:1].expand(1, 20, 4, 64))
-    assert not tensormaps.maps(x[:1].expand(2, 20, 4, 64))  # a stride of 0
-    assert not tensormaps.maps(_half(2, 20, 4, 65)[..., :64])  # strides of 130 bytes
-    assert not tensormaps.maps(_half(2 * 20 * 4 * 64 + 1)[1:].view(2, 20, 4, 64))  # 2 bytes off
+    assert strides.maps(x)
+    assert strides.maps(x.transpose(1, 2).contiguous().transpose(1, 2))
+    assert strides.maps(_half(2, 20, 3, 4, 64)[:, :, 1])
+    assert strides.maps(x[:1].expand(1, 20, 4, 64))
+    assert not strides.maps(x[:1].expand(2, 20, 4, 64))  # a stride of 0
+    assert not strides.maps(_half(2, 20, 4, 65)[..., :64])  # strides of 130 bytes
+    assert not strides.maps(_half(2 * 20 * 4 * 64 + 1)[1:].view(2, 20, 4, 64))  # 2 bytes off
 
 
 def test_heads_are_folded_where_they_follow_each_other() -> None:
@@ -149,13 +190,13 @@ def test_tile_counters_belong_to_a_stream_or_to_a_graph(monkeypatch: pytest.Monk
     ("keywords", "portable"),
     [({}, False), ({"softmax_scale": 2.0**27}, False), ({"softmax_scale": 1e9}, True),
      ({"softmax_scale": -1e9}, False), ({"softcap": 1e9}, True),
-     ({"seqused_k": torch.tensor([3, 20], dtype=torch.int32)}, True)],
+     ({"seqused_k": torch.tensor([3, 20], dtype=torch.int32)}, False)],
     ids=str,
 )  # fmt: skip
 def test_what_goes_to_the_portable_kernel(
     keywords: dict[str, Any], portable: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Scores whose unit times -1e30 is infinite; a cache with gaps between its rows."""
+    """Scores whose unit times -1e30 is infinite, but not a cache with gaps between its rows."""
     asked: list[str] = []
     monkeypatch.setattr(hopper.triton, "forward", lambda call, plan: asked.append("portable"))
     monkeypatch.setattr(hopper, "run", lambda launch: asked.append("hopper"))
@@ -163,3 +204,118 @@ def test_what_goes_to_the_portable_kernel(
     call = normalise(x, x, x, **keywords)
     hopper.forward(call, plan(replace(describe(call), device="cuda"), SM_90))
     assert asked == ["portable" if portable else "hopper"]
+
+
+def _pool(layout: str, heads: int, dim: int) -> Tensor:
+    """(6, 32, heads, dim): pages, or rows of a cache, as they lie in memory."""
+    if layout == "heads first":  # HND, BHSD
+        return _half(6, heads, 32, dim).transpose(1, 2)
+    if layout == "k beside v":
+        return _half(6, 2, 32, heads, dim)[:, 1]
+    if layout == "tokens outermost":
+        return _half(32, 6, heads, dim).transpose(0, 1)
+    if layout == "first slots":
+        return _half(6, 50, heads, dim)[:, :32]
+    return _half(6, 32, heads, dim)
+
+
+LAYOUTS = ("contiguous", "heads first", "k beside v", "tokens outermost", "first slots")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("heads", [1, 2, 5])
+def test_addresses_of_caches(layout: str, heads: int) -> None:
+    """At the coordinates that kernels use: what the map leaves of their products, in 64 bits, is
+    where a row lies, and rows past a length are past the map's end."""
+    x = _pool(layout, heads, 64)
+    assert strides.alike(x, x)
+    steps = strides.Steps.of(x)
+    found = tensormaps.slot_map(x, 16, 64, steps)
+    for page, head, first, left in ((0, 0, 0, 16), (5, heads - 1, 16, 7), (3, heads // 2, 8, 1)):
+        unit = page * steps.batch + head * steps.head
+        for i in (0, left - 1):
+            at = (unit, tensormaps.END, first + left, tensormaps.END - left + i, 5)
+            assert all(0 <= c < n for c, n in zip(at, found.shape, strict=True))
+            address = 2 * sum(c * s for c, s in zip(at, found.strides, strict=True)) % 2**64
+            assert address == 2 * (x[page, first + i, head, 5:].storage_offset()
+                                   - x.storage_offset())  # fmt: skip
+        assert tensormaps.END - left + left == found.shape[3]
+    assert all(s % 8 == 0 and 2 * s < 2**40 for s in found.strides[:-1])
+
+
+def test_caches_that_tma_cannot_address_are_the_portable_kernels() -> None:
+    """And `explain` says so: k and v laid out differently, rows that are read twice."""
+    used, (nhd, hnd) = torch.ones(6, dtype=torch.int32), (
+        _pool(layout, 2, 128) for layout in ("contiguous", "heads first")
+    )  # fmt: skip
+    q, shared = _half(6, 1000, 4, 128), nhd[:1].expand(6, -1, -1, -1)
+    for k, v, backend in ((nhd, nhd, "hopper"), (hnd, hnd, "hopper"), (hnd, nhd, "triton"),
+                          (shared, shared, "triton")):  # fmt: skip
+        problem = replace(describe(normalise(q, k, v, seqused_k=used)), device="cuda")
+        chosen = plan(problem, SM_90)
+        assert chosen.backend == backend
+        assert (dict(chosen.passed_over).get("hopper", "").startswith("reads caches by TMA")) == (
+            backend == "triton"
+        )
+    assert not normalise(q, q, q).held  # nothing but whole tensors: any strides
+
+
+PACKED = {
+    (8, 1): {1: 8, 3: 8, 16: 8, 40: 8, 100: 8, 128: 1, 1000: 1},
+    (32, 8): {1: 4, 3: 4, 16: 4, 40: 4, 100: 1, 128: 1, 200: 4},
+    (28, 4): {1: 8, 3: 8, 16: 8, 40: 8, 100: 1},
+    (64, 1): {1: 64, 3: 64, 100: 64},
+    (128, 1): {1: 1, 3: 1},
+    (8, 8): {1: 1, 3: 1},
+}
+
+
+def test_heads_are_packed_where_that_saves_tiles() -> None:
+    for (heads, kv_heads), expected in PACKED.items():
+        for seqlen_q, pack in expected.items():
+            problem = replace(LLAMA, batch=32, seqlen_q=seqlen_q, heads=heads,
+                              kv_heads=kv_heads)  # fmt: skip
+            assert forward_tile(problem).pack == pack, (heads, kv_heads, seqlen_q)
+    few = replace(LLAMA, batch=8, seqlen_q=40)
+    assert forward_tile(few).pack == 4
+    assert forward_tile(replace(few, batch=4)).pack == 1, "128 tiles of 132 processors"
+    for changes in ({"layout": "varlen"}, {"features": frozenset({"dropout"})},
+                    {"features": frozenset({"bias"})}, {"features": frozenset({"score_mod"})},
+                    {"features": frozenset({"seqused_q"})}):  # fmt: skip
+        assert forward_tile(replace(few, **changes)).pack == 1  # type: ignore[arg-type]
+    sunk = replace(few, features=frozenset({"learnable_sink", "seqused_k", "softcap"}))
+    assert forward_tile(sunk).pack == 4
+    assert dict(explain_problem(few, SM_90).rows())["packing"].startswith("4 query heads")
+    assert "packing" not in dict(explain_problem(LLAMA, SM_90).rows())
+
+
+@pytest.mark.parametrize("group", [2, 3, 7, 8])
+def test_a_packed_map_has_queries_outside_heads(group: int) -> None:
+    """Row r of a tile is query r // pack of head r % pack; what lies past a group is past the map's
+    end."""
+    pack = 1 << (group - 1).bit_length()
+    for x in (_half(2, 40, 3 * group, 128), _half(2, 3 * group, 40, 128).transpose(1, 2)):
+        found = tensormaps.packed_map(x, 3, pack, 64, 128)
+        assert list(found.block_shape) == [1, 1, 64 // pack, pack, 128]
+        assert list(found.shape) == [2, 3, 40, group, 128]
+        for at in ((1, 2, 33, group - 1, 7), (0, 1, 5, 0, 0)):
+            batch, kv_head, query, member, column = at
+            address = sum(c * s for c, s in zip(at, found.strides, strict=True))
+            where = x[batch, query, kv_head * group + member, column:]
+            assert address == where.storage_offset()
+
+
+def test_a_packed_launch_has_tiles_of_kv_heads(monkeypatch: pytest.MonkeyPatch) -> None:
+    launches: list[Any] = []
+    monkeypatch.setattr(hopper, "run", launches.append)
+    q, k = _half(5, 40, 28, 128), _half(5, 500, 4, 128)
+    call = normalise(q, k, k, causal=True)
+    chosen = plan(replace(describe(call), device="cuda"), SM_90)
+    assert chosen.hopper is not None
+    assert chosen.hopper.pack == 8
+    out, lse = hopper.forward(call, chosen)
+    assert (out.shape, lse.shape) == (q.shape, (5, 28, 40))
+    *_, heads, work, tile = launches[0].arguments
+    assert (heads.count, heads.group) == (opaque(4), opaque(7))
+    assert (work.row_tiles, work.pairs) == (opaque(3), opaque(20))  # 320 rows of 20 KV heads
+    assert tile.pack == 8

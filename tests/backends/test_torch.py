@@ -56,10 +56,10 @@ def _blocks(monkeypatch: pytest.MonkeyPatch, **keywords: Any) -> tuple[int, int]
     count = 0
     original = backend._scores
 
-    def counting(*arguments: Any) -> Any:
+    def counting(*arguments: Any, **keywords: Any) -> Any:
         nonlocal count
         count += 1
-        return original(*arguments)
+        return original(*arguments, **keywords)
 
     monkeypatch.setattr(backend, "_scores", counting)
     q = torch.randn(1, 64, 1, 8, requires_grad=True)

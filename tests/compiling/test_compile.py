@@ -213,7 +213,8 @@ def test_every_tile_is_compiled_for_every_kind_of_machine(tmp_path: Path) -> Non
     assert found["missing"] == []
     features = {case.variant for case in every_case() if not case.new_tiles}
     for arch in ("sm_80", "sm_90", "sm_100", "gfx942"):
-        assert {name.partition(" ")[0] for name in found["kernels"][arch]} >= features
+        missing = features - {name.partition(" ")[0] for name in found["kernels"][arch]}
+        assert missing == ({"decode-e4m3"} if arch == "sm_80" else set())  # which has no e4m3
     assert found["count"] < 300  # 1.7 CPU seconds each, and CI has 15 minutes for all it does
 
 
@@ -240,7 +241,8 @@ def keys(variant, numbers):
 for variant in ("full", "causal", "scores", "dropout", "documents", "varlen"):
     offline = keys(variant, (2, 1024, 8, 2))
     on_meta, cases._meta = cases._meta, lambda *n, dtype=torch.float32: torch.zeros(n, dtype=dtype)
-    for numbers in ((3, 515, 4, 4), (1, 64, 6, 2), (5, 7, 3, 1), (1, 1, 1, 1)):
+    # None so short that a causal backward on Hopper is another kernel.
+    for numbers in ((3, 515, 4, 4), (1, 640, 6, 6), (5, 515, 3, 1), (1, 1601, 1, 1)):
         if keys(variant, numbers) != offline:
             print(variant, numbers)
     cases._meta = on_meta

@@ -39,6 +39,10 @@ LENGTHS = ((1, 1), (64, 63), (65, 129), (130, 40), (128, 300), (0, 5), (7, 0), (
 TILES = [(64, 64, 512), (64, 64, 8192), (128, 128, 512), (192, 128, 512), (256, 256, 512)]
 """(head_dim, head_dim_v, max_seqlen): a large bound chooses the tile of long sequences."""
 
+BACKWARD_DIMS = [(64, 64), (128, 128), (192, 192), (192, 128), (256, 256)]
+"""(head_dim, head_dim_v): above 128 both warpgroups have the same keys, and of 192 the first one
+has twice as many columns."""
+
 
 @pytest.fixture(autouse=True)
 def _only_hopper(backend: str) -> None:
@@ -73,6 +77,19 @@ def test_packed_lengths(dim: int, dim_v: int, bound: int, features: dict[str, An
     assert results.lse[:, -70:].eq(-math.inf).all()
 
 
+@pytest.mark.parametrize("bound", [512, 1 << 17])
+@pytest.mark.parametrize("features", [{}, {"causal": True}], ids=str)
+def test_many_packed_sequences(bound: int, features: dict[str, Any]) -> None:
+    """More than the producer looks at together, in all orders of length. The larger bound leaves
+    one head at a time in L2."""
+    lengths = tuple((37 * n % 130, 2 ** (n % 10) - (n + n // 10) % 2) for n in range(200))
+    case = Case("many", heads=6, head_dim=128, lengths=lengths, features=features)
+    problem = case.draw(5, BF16, "cuda")
+    problem.keywords.update(max_seqlen_q=bound, max_seqlen_k=bound)
+    with poisoned_allocations():
+        assert_matches_reference(problem)
+
+
 def test_documents_of_sequences_without_keys() -> None:
     """The last key's id is the last of its tensor; a query past it has none to read."""
     lengths = ((130, 200), (70, 0))
@@ -84,9 +101,10 @@ def test_documents_of_sequences_without_keys() -> None:
     assert results.out[130:].eq(0).all()
 
 
+@pytest.mark.parametrize("heads_first", [False, True])
 @pytest.mark.parametrize("size", [8, 16, 64, 128, 384])
 @pytest.mark.parametrize(("dim", "dim_v"), [(64, 64), (96, 96), (192, 128), (256, 256)], ids=str)
-def test_pages(dim: int, dim_v: int, size: int) -> None:
+def test_pages(dim: int, dim_v: int, size: int, heads_first: bool) -> None:
     """The bits of the same keys without pages. What a page has after a sequence's end is NaN, and
     entries of the table past its last page are no pages."""
     lengths = (1, 130, 0, 700, 385)
@@ -94,6 +112,8 @@ def test_pages(dim: int, dim_v: int, size: int) -> None:
     starts = [0, *torch.tensor(lengths).cumsum(0).tolist()]
     keys, values = _randn(starts[-1], 2, dim), _randn(starts[-1], 2, dim_v)
     pools = [x.new_full((5 * widest, size, *x.shape[1:]), math.nan) for x in (keys, values)]
+    if heads_first:
+        pools = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in pools]
     table = torch.full((5, widest + 1), -1, dtype=torch.int32, device="cuda")
     pages = iter(torch.randperm(5 * widest).tolist())
     for row, length in enumerate(lengths):
@@ -116,6 +136,8 @@ def _cache(layout: str, dim: int) -> Tensor:
     """(5, 300, 2, dim), as caches lie in memory."""
     if layout == "heads_first":
         return _randn(5, 2, 300, dim).transpose(1, 2)
+    if layout == "tokens_first":
+        return _randn(300, 5, 2, dim).transpose(0, 1)
     if layout == "first_slots":  # gaps between rows
         return _randn(5, 400, 2, dim)[:, :300]
     if layout == "one_row":  # shared by all
@@ -126,7 +148,8 @@ def _cache(layout: str, dim: int) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    "layout", ["contiguous", "heads_first", "first_slots", "one_row", "one_head"]
+    "layout",
+    ["contiguous", "heads_first", "tokens_first", "first_slots", "one_row", "one_head"],
 )
 @pytest.mark.parametrize("dim", [128, 256])
 def test_caches(layout: str, dim: int) -> None:
@@ -171,7 +194,7 @@ def test_more_tiles_than_ctas(dim: int, length: int, causal: bool) -> None:
 
 def _leave_nan_in_freed_memory() -> None:
     """For what is allocated next. `poisoned_allocations` asks for deterministic algorithms, and so
-    for the portable backward."""
+    for dQ summed in order."""
     sizes = (2**17, 2**17, 2**24, 2**24)  # of torch's pools for small and large tensors
     held = [torch.full((n,), math.nan, device="cuda") for n in sizes for _ in range(8)]
     del held
@@ -180,11 +203,12 @@ def _leave_nan_in_freed_memory() -> None:
 @pytest.mark.parametrize(
     "features", [{}, {"causal": True}, {"window_size": (9, -1)}, {"window_size": (10, 10)}], ids=str
 )
-@pytest.mark.parametrize("dim", [64, 128])
-def test_gradients_at_edges_of_tiles(dim: int, features: dict[str, Any]) -> None:
+@pytest.mark.parametrize(("dim", "dim_v"), BACKWARD_DIMS, ids=str)
+def test_gradients_at_edges_of_tiles(dim: int, dim_v: int, features: dict[str, Any]) -> None:
     """Lengths around 64 and 128, a group of three; keys that no query sees get exactly 0."""
     for seqlen_q, seqlen_k in ((1, 1), (65, 129), (127, 1), (200, 64), (64, 600), (600, 64)):
-        case = Case("edge", seqlen_q, seqlen_k, heads=6, head_dim=dim, features=features)
+        case = Case("edge", seqlen_q, seqlen_k, heads=6, head_dim=dim, head_dim_v=dim_v,
+                    features=features)  # fmt: skip
         problem = case.draw(seqlen_q, BF16, "cuda")
         _leave_nan_in_freed_memory()
         results = assert_matches_reference(problem)
@@ -193,7 +217,7 @@ def test_gradients_at_edges_of_tiles(dim: int, features: dict[str, Any]) -> None
                 assert results.grads[name][:, :500].eq(0).all()
 
 
-@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("dim", [64, 128, 192, 256])
 def test_gradients_of_keys_repeat(dim: int) -> None:
     """dK and dV are summed in one order; dQ is not."""
     problem = Case("bits", 515, 643, heads=24, kv_heads=8, head_dim=dim,
@@ -203,3 +227,55 @@ def test_gradients_of_keys_repeat(dim: int) -> None:
         found = run(problem)
         assert torch.equal(found.out, expected.out)
         assert all(torch.equal(found.grads[n], expected.grads[n]) for n in "kv")
+
+
+@pytest.mark.parametrize(
+    "features", [{}, {"causal": True}, {"window_size": (70, 0)}, {"window_size": (10, 90)}], ids=str
+)
+@pytest.mark.parametrize("lengths", [(), ((300, 300), (1, 700), (0, 9), (500, 130))], ids=bool)
+@pytest.mark.parametrize("dim", [64, 128])
+def test_deterministic_gradients(
+    dim: int, lengths: tuple[tuple[int, int], ...], features: dict[str, Any]
+) -> None:
+    """dQ is bitwise the same where tiles add in order; blocks that see no key are 0."""
+    case = Case("order", 515, 343, heads=12, kv_heads=4, head_dim=dim, lengths=lengths,
+                features=features)  # fmt: skip
+    problem = case.draw(dim, BF16, "cuda")
+    with poisoned_allocations():
+        assert_matches_reference(problem)
+    problem.keywords["deterministic"] = True
+    expected = run(problem)
+    for _ in range(10):
+        found = run(problem)
+        assert all(torch.equal(found.grads[n], expected.grads[n]) for n in "qkv")
+
+
+PACKED: list[dict[str, Any]] = [
+    {}, {"causal": True}, {"window_size": (40, 10)}, {"window_size": (9, -1)},
+    {"causal": True, "softcap": 5.0},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("features", PACKED, ids=str)
+@pytest.mark.parametrize(("heads", "kv_heads"), [(8, 1), (28, 4), (64, 1), (32, 8)])
+@pytest.mark.parametrize(("dim", "seqlen_q"), [(64, 40), (128, 17), (128, 100), (256, 70)])
+def test_packed_heads(
+    dim: int, seqlen_q: int, heads: int, kv_heads: int, features: dict[str, Any]
+) -> None:
+    """Query heads of a KV head in one tile, of a group that may be no power of two: results, lse,
+    and gradients that follow from it."""
+    case = Case("packed", seqlen_q, 300, heads=heads, kv_heads=kv_heads, head_dim=dim,
+                features=features, tensors=("learnable_sink", "alibi_slopes"))  # fmt: skip
+    problem = case.draw(dim + seqlen_q, BF16, "cuda")
+    with poisoned_allocations():
+        assert_matches_reference(problem)
+
+
+def test_packed_heads_of_any_strides() -> None:
+    """Queries whose heads are outermost, and whose tokens are."""
+    k, v = _randn(2, 300, 2, 128), _randn(2, 300, 2, 128)
+    q = _randn(2, 40, 14, 128)
+    expected = flash_attn_func(q, k, v, causal=True)
+    for order in ((0, 2, 1, 3), (1, 0, 2, 3), (2, 1, 0, 3)):
+        other = q.permute(order).contiguous().permute(order)
+        assert torch.equal(flash_attn_func(other, k, v, causal=True), expected)

@@ -13,9 +13,9 @@ from torch import Tensor
 from flashtile import flash_attn_func, flash_attn_varlen_func
 from flashtile.kernels.dropout import (
     Dropout,
-    drop,
-    words_keys_by_queries,
-    words_queries_by_keys,
+    drop_queries_by_keys,
+    kept_keys_by_queries,
+    kept_queries_by_keys,
 )
 from flashtile.kernels.masks import At
 from flashtile.kernels.numbers import opaque
@@ -26,14 +26,16 @@ STATES = ((0, 0), (2**62 - 1, 2**62 - 2), (0x123456789ABCDEF, 0xFEDCBA987654321)
 
 
 @triton.jit
-def probe(rows_are_queries, rows_are_keys, dropout, batch, head, first_q, first_k,
+def probe(dropped, rows_are_queries, rows_are_keys, dropout, batch, head, first_q, first_k,
           M: tl.constexpr, N: tl.constexpr):  # fmt: skip
-    """One tile of the mask, drawn in both orientations."""
+    """One tile of the mask, as the forward applies it and as both kernels of the backward do."""
     q, k = tl.arange(0, M), tl.arange(0, N)
     at = At(batch, head, first_q, first_k, q[:, None], k[None, :], None, None)
-    kept = drop(dropout, tl.full([M, N], 1.0, tl.float32), words_queries_by_keys(dropout, at, M, N))
-    tl.store(rows_are_queries + q[:, None] * N + k[None, :], kept)
-    kept = drop(dropout, tl.full([N, M], 1.0, tl.float32), words_keys_by_queries(dropout, at, M, N))
+    where = q[:, None] * N + k[None, :]
+    p = tl.load(dropped + where)
+    tl.store(dropped + where, drop_queries_by_keys(dropout, p, at, M, N))
+    tl.store(rows_are_queries + where, kept_queries_by_keys(dropout, at, M, N))
+    kept = kept_keys_by_queries(dropout, at, M, N)
     tl.store(rows_are_keys + k[:, None] * M + q[None, :], kept)
 
 
@@ -43,19 +45,22 @@ def _kept(state: Tensor, p: float, heads: int, at: tuple[int, int], q: Tensor, k
 
 
 @pytest.mark.parametrize("state", STATES, ids=str)
-@pytest.mark.parametrize("p", [0.0001, 0.17, 0.5, 0.9999])
+@pytest.mark.parametrize("p", [0.0001, 0.17, 0.5, 0.9999, 1.0])
 @pytest.mark.parametrize(("m", "n"), [(16, 16), (32, 16), (16, 64), (64, 32)])
 def test_tiles_anywhere(state: tuple[int, int], p: float, m: int, n: int) -> None:
     """Every tile shape, far along both sequences, in a late batch and head."""
     rng_state = torch.tensor(state)
-    dropout = Dropout(rng_state, float(drop_threshold(p)), 1 / (1 - p), opaque(7))
+    dropout = Dropout(rng_state, float(drop_threshold(p)), 1.0, opaque(7))
     for batch, head, first_q, first_k in ((0, 0, 0, 0), (3, 5, 48, 160), (9000, 6, 2**20, 2**24)):
-        by_rows, by_keys = torch.zeros(m, n), torch.zeros(n, m)
-        probe[(1,)](by_rows, by_keys, dropout, batch, head, first_q, first_k, m, n)
+        by_rows, by_keys = torch.full((m, n), torch.nan), torch.full((n, m), torch.nan)
+        dropped = torch.rand(m, n, dtype=torch.float16 if m == 64 else torch.float32) + 0.5
+        given = dropped.clone()
+        probe[(1,)](dropped, by_rows, by_keys, dropout, batch, head, first_q, first_k, m, n)
         q, k = first_q + torch.arange(m), first_k + torch.arange(n)
         expected = _kept(rng_state, p, 7, (batch, head), q, k)
-        assert torch.equal(by_rows != 0, expected)
-        assert torch.equal(by_keys != 0, expected.T)
+        assert torch.equal(dropped, given * expected)
+        assert torch.equal(by_rows, expected.float())
+        assert torch.equal(by_keys, expected.float().T)
 
 
 def _masks_of_a_call(
@@ -97,10 +102,23 @@ def test_masks_of_calls(blocks: tuple[int, int], packed: bool) -> None:
 
 
 def test_everything_dropped() -> None:
-    """A probability that rounds to 1 in 16 bits drops all: 0, not the reciprocal of nothing."""
+    """A probability that rounds to 1 in 15 bits drops all: 0, not the reciprocal of nothing."""
     q, k, v = (torch.randn(1, 20, h, 8).requires_grad_() for h in (2, 1, 1))
     out, lse = flash_attn_func(q, k, v, dropout_p=1 - 1e-7, return_lse=True)
     assert out.eq(0).all()
     assert lse.isfinite().all()
     for grad in torch.autograd.grad(out, (q, k, v), torch.randn_like(out)):
         assert grad.eq(0).all()
+
+
+def test_everything_dropped_leaves_lse() -> None:
+    """The kernels' gradients are then those of lse alone."""
+    q, k, v = (torch.randn(1, 20, h, 8).requires_grad_() for h in (2, 1, 1))
+    dout, dlse = torch.randn(1, 20, 2, 8), torch.randn(1, 2, 20)
+    _, lse = flash_attn_func(q, k, v, causal=True, return_lse=True)
+    expected = torch.autograd.grad(lse, (q, k), dlse)
+    with interpreted(16, 16):
+        out, lse = flash_attn_func(q, k, v, causal=True, dropout_p=1 - 1e-7, return_lse=True)
+        found = torch.autograd.grad((out, lse), (q, k, v), (dout, dlse))
+    torch.testing.assert_close(found[:2], expected)
+    assert found[2].eq(0).all()

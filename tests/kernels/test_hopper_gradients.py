@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -13,13 +16,37 @@ from flashtile.backends.launch import run
 from flashtile.hopper_backward_tiles import HopperBackwardTile, backward_tile
 from flashtile.problem import Call, describe
 
-SHAPES = [(48, 70), (64, 130), (96, 64), (128, 150)]
+SHAPES = [(48, 70), (64, 130), (96, 64), (128, 150), (192, 70), (256, 130)]
+LENGTHS = ((70, 100), (0, 9), (129, 1), (128, 0), (1, 64))
+"""Of packed queries and keys; 20 tokens of neither follow."""
 
 
-def _call(dim: int, seqlen: int) -> tuple[Call, HopperBackwardTile]:
+def _call(dim: int, seqlen: int, dim_v: int | None = None) -> tuple[Call, HopperBackwardTile]:
     q, k = (torch.randn(2, seqlen, heads, dim) for heads in (4, 2))
-    call = normalise(q, k, k, causal=True)
+    call = normalise(q, k, torch.randn(2, seqlen, 2, dim_v or dim), causal=True)
     return call, backward_tile(describe(call))
+
+
+def _packed_call(dim: int) -> tuple[Call, HopperBackwardTile]:
+    cu_seqlens = [
+        torch.tensor([0, *torch.tensor(x).cumsum(0)], dtype=torch.int32)
+        for x in zip(*LENGTHS, strict=True)
+    ]
+    q, k = (
+        torch.randn(int(cu[-1]) + 20, heads, dim)
+        for cu, heads in zip(cu_seqlens, (4, 2), strict=True)
+    )
+    call = normalise(q, k, k, cu_seqlens_q=cu_seqlens[0], cu_seqlens_k=cu_seqlens[1],
+                     max_seqlen_q=129, max_seqlen_k=100)  # fmt: skip
+    return call, backward_tile(describe(call))
+
+
+def _poisoned(call: Call, tile: HopperBackwardTile, like: Tensor) -> Workspace:
+    space = workspace(call, tile, like)
+    for x in space:
+        if x is not None:
+            x.fill_(torch.nan if x.is_floating_point() else 77)
+    return space
 
 
 def _blocks(x: Tensor, block: int) -> Tensor:
@@ -28,16 +55,17 @@ def _blocks(x: Tensor, block: int) -> Tensor:
     return torch.nn.functional.pad(x, (0, padding)).reshape(-1, block)
 
 
-@pytest.mark.parametrize(("dim", "seqlen"), SHAPES)
-def test_rows_are_prepared_block_by_block(dim: int, seqlen: int) -> None:
-    """lse in base 2, +inf where there is nothing; delta with lse's own gradient; sums of zeros."""
-    call, tile = _call(dim, seqlen)
-    out, dout = torch.randn(2, 2, seqlen, 4, dim)
+@pytest.mark.parametrize(
+    ("dim", "dim_v", "seqlen"), [*((dim, dim, n) for dim, n in SHAPES), (192, 128, 130)]
+)
+def test_rows_are_prepared_block_by_block(dim: int, dim_v: int, seqlen: int) -> None:
+    """lse in base 2, +inf where there is nothing; delta with lse's own gradient; sums of zeros,
+    or where the first share is stored locks of them."""
+    call, tile = _call(dim, seqlen, dim_v)
+    out, dout = torch.randn(2, 2, seqlen, 4, dim_v)
     lse, dlse = torch.randn(2, 2, 4, seqlen)
     lse[0, 1, 3] = -torch.inf
-    space = workspace(call, tile, lse)
-    for x in space:
-        x.fill_(torch.nan)
+    space = _poisoned(call, tile, lse)
     run(prepare_launch(call, tile, space, out, dout, lse, dlse, None))
 
     lse2, delta = space.rows.view(-1, 2, tile.block_m).unbind(1)
@@ -48,7 +76,48 @@ def test_rows_are_prepared_block_by_block(dim: int, seqlen: int) -> None:
     torch.testing.assert_close(lse2[~hidden], wanted[~hidden])
     sums = (out * dout).sum(-1).transpose(1, 2) - dlse
     torch.testing.assert_close(delta, _blocks(sums, tile.block_m), rtol=1e-4, atol=1e-4)
+    cleared = space.acc if space.locks is None else space.locks
+    assert cleared.numel() > 0
+    assert cleared.eq(0).all()
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+def test_rows_of_packed_sequences_are_prepared(dim: int) -> None:
+    """Sequence b owns the blocks from cu_seqlens[b] // block + b on, of every head."""
+    call, tile = _packed_call(dim)
+    total = call.operands.q.shape[0]
+    out, dout = torch.randn(2, total, 4, dim)
+    lse, dlse = torch.randn(2, 4, total)
+    space = _poisoned(call, tile, lse)
+    run(prepare_launch(call, tile, space, out, dout, lse, dlse, None))
+
+    lse2, delta = space.rows.view(4, -1, 2, tile.block_m).unbind(2)
+    sums = (out * dout).sum(-1).T - dlse
+    start, hidden = 0, torch.ones_like(lse2, dtype=torch.bool)
+    for b, (length, _) in enumerate(LENGTHS):
+        for first in range(0, length, tile.block_m):
+            block = start // tile.block_m + b + first // tile.block_m
+            rows = slice(start + first, start + min(length, first + tile.block_m))
+            n = rows.stop - rows.start
+            torch.testing.assert_close(lse2[:, block, :n], lse[:, rows] / math.log(2.0))
+            torch.testing.assert_close(delta[:, block, :n], sums[:, rows], rtol=1e-4, atol=1e-4)
+            hidden[:, block, :n] = False
+        start += length
+    assert lse2[hidden].eq(torch.inf).all()
     assert space.acc.eq(0).all()
+
+
+def test_where_tiles_take_turns_locks_are_cleared_rather_than_sums() -> None:
+    call, tile = _call(64, 300)
+    tile = replace(tile, adds="in order", persistent=True)
+    out, lse = torch.randn(2, 300, 4, 64), torch.randn(2, 4, 300)
+    space = _poisoned(call, tile, lse)
+    run(prepare_launch(call, tile, space, out, out, lse, None, None))
+    assert space.locks is not None
+    assert space.counter is not None
+    assert space.locks.eq(0).all()
+    assert space.counter.eq(0).all()
+    assert space.acc.isnan().all()
 
 
 def _as_threads_hold(share: Tensor) -> Tensor:
@@ -57,16 +126,48 @@ def _as_threads_hold(share: Tensor) -> Tensor:
     return share.reshape(4, 2, 8, 8, 4, 2).permute(3, 0, 2, 4, 1, 5).reshape(-1)
 
 
+def _in_their_order(sums: Tensor, tile: HopperBackwardTile) -> Tensor:
+    """(blocks, block_m, padded) sums of dQ as the main kernel leaves them."""
+    along = 1 if tile.block_m == 128 else 2  # warpgroups own halves of the rows, or of the columns
+    halves = [[half.split(64, 1) for half in block.chunk(2, along - 1)] for block in sums]
+    shares = [share for block in halves for pair in zip(*block, strict=True) for share in pair]
+    return torch.stack([_as_threads_hold(share) for share in shares]).reshape(-1, 256)
+
+
+@pytest.mark.parametrize("locked", [False, True])
 @pytest.mark.parametrize(("dim", "seqlen"), SHAPES)
-def test_the_order_of_sums_is_undone(dim: int, seqlen: int) -> None:
+def test_the_order_of_sums_is_undone(dim: int, seqlen: int, locked: bool) -> None:
+    """Blocks that no tile has added to hold nothing: their dQ is 0."""
     call, tile = _call(dim, seqlen)
     blocks = triton.query_grid(call, tile.block_m)
     sums = torch.randn(blocks, tile.block_m, tile.padded)
-    along = 1 if tile.block_m == 128 else 2  # warpgroups own halves of the rows, or of the columns
-    halves = [part for block in sums for part in block.chunk(2, along - 1)]
-    acc = torch.stack([_as_threads_hold(half) for half in halves]).reshape(-1, 256)
+    acc, locks = _in_their_order(sums, tile), None
+    if locked:
+        locks = torch.arange(blocks, dtype=torch.int32) % 3
+        acc.view(blocks, -1)[locks == 0] = torch.nan
+        sums[locks == 0] = 0.0
     dq = torch.full_like(call.operands.q, torch.nan)
-    run(finish_launch(call, tile, Workspace(acc, acc), dq))
+    run(finish_launch(call, tile, Workspace(acc, acc, None, locks), dq))
 
     wanted = sums.view(2, 4, -1, tile.padded)[:, :, :seqlen, :dim].transpose(1, 2)
     torch.testing.assert_close(dq, wanted * call.variant.softmax_scale)
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+def test_sums_of_packed_sequences_become_gradients(dim: int) -> None:
+    """And tokens of no sequence get what is summed for them, zeros."""
+    call, tile = _packed_call(dim)
+    sums = torch.randn(triton.query_grid(call, tile.block_m), tile.block_m, dim)
+    wanted, start = torch.zeros_like(call.operands.q), 0
+    by_head = sums.view(4, -1, tile.block_m, dim)
+    for b, length in enumerate([x for x, _ in LENGTHS] + [20]):
+        first = start // tile.block_m + b
+        if b == len(LENGTHS):
+            by_head[:, first:] = 0.0
+        rows = by_head[:, first:].flatten(1, 2)[:, :length]
+        wanted[start : start + length] = rows.transpose(0, 1) * call.variant.softmax_scale
+        start += length
+    acc = _in_their_order(sums, tile)
+    dq = torch.full_like(call.operands.q, torch.nan)
+    run(finish_launch(call, tile, Workspace(acc, acc), dq))
+    torch.testing.assert_close(dq, wanted)

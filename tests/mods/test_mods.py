@@ -16,7 +16,7 @@ def test_softcap_derivative() -> None:
     changed = s.detach().clone()
     mod = Softcap(2.5)
     mod.apply(changed, TILE)
-    derivative = mod.derivative(changed)
+    derivative = mod.derivative(changed, changed, TILE)
     assert derivative is not None
     torch.testing.assert_close(derivative, expected)
 

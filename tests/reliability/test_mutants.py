@@ -82,7 +82,7 @@ MUTANTS = (
            lambda f: lambda c, *a: f(
                _operands(c, rng_state=c.operands.rng_state + 1), *a), "dropout"),
     Mutant("softcap_without_derivative", Softcap, "derivative",
-           lambda f: lambda s, x: None, "softcap"),
+           lambda f: lambda s, *a: None, "softcap"),
     Mutant("alibi_of_another_head", Alibi, "apply",
            lambda f: lambda s, *a: f(Alibi(s.slopes.roll(1, -1)), *a), "alibi"),
     Mutant("bias_gradient_of_one_tile", Bias, "accumulate",

@@ -7,6 +7,7 @@ from flashtile.api.dense import (
     flash_attn_kvpacked_func,
     flash_attn_qkvpacked_func,
 )
+from flashtile.api.quantize import quantize_kv
 from flashtile.api.varlen import (
     flash_attn_varlen_func,
     flash_attn_varlen_kvpacked_func,
@@ -23,4 +24,5 @@ __all__ = [
     "flash_attn_varlen_qkvpacked_func",
     "flash_attn_with_kvcache",
     "normalise",
+    "quantize_kv",
 ]

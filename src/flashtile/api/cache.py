@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,7 +11,9 @@ from torch import Tensor
 
 from flashtile import checks, ops
 from flashtile.api.call import Window, attend, normalise
-from flashtile.problem import FLOATING, Call
+from flashtile.api.tokens import check_appendable, check_new_tokens
+from flashtile.backends.cache import NewTokens
+from flashtile.problem import E4M3, FLOATING
 
 
 def flash_attn_with_kvcache(
@@ -34,19 +37,31 @@ def flash_attn_with_kvcache(
     num_splits: int = 0,
     return_softmax_lse: bool = False,
     *,
+    cu_seqlens_q: Tensor | None = None,
+    max_seqlen_q: int | Tensor | None = None,
+    cu_seqlens_k_new: Tensor | None = None,
+    rotary_seqlens: Tensor | None = None,
+    split_size: int = 0,
+    k_descale: Tensor | None = None,
+    v_descale: Tensor | None = None,
     attn_mask: Tensor | None = None,
+    tree_mask: Tensor | None = None,
+    prefix: tuple[Tensor, Tensor] | None = None,
     learnable_sink: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Any:
     """Attention of q over a cache; new keys and values are appended to it in place first.
 
     Args:
-        q: (batch, seqlen_q, heads, head_dim), float16, bfloat16, float32 or float64.
+        q: (batch, seqlen_q, heads, head_dim), float16, bfloat16, float32 or float64; or with
+            cu_seqlens_q (total_q, heads, head_dim).
         k_cache: (batch_cache, seqlen_cache, kv_heads, head_dim), or with block_table (pages,
-            page_size, kv_heads, head_dim), page_size at least 1. q's dtype.
-        v_cache: as k_cache, with head_dim_v.
-        k: (batch, seqlen_new, kv_heads, head_dim), written to slots cache_seqlens onwards.
-        v: (batch, seqlen_new, kv_heads, head_dim_v), likewise. Given with k or not at all.
+            page_size, kv_heads, head_dim), page_size at least 1. q's dtype, or float8_e4m3fn.
+        v_cache: as k_cache, with head_dim_v. It may be a part of k_cache, as in MLA: (..., 512) of
+            (..., 576).
+        k: (batch, seqlen_new, kv_heads, head_dim), written to slots cache_seqlens onwards, or with
+            cu_seqlens_k_new (total_new, kv_heads, head_dim). q's dtype.
+        v: as k, with head_dim_v. Given with k or not at all.
         rotary_cos, rotary_sin: (seqlen_ro, rotary_dim / 2) floating, given with k: rotary embedding
             of k at positions cache_seqlens, cache_seqlens + 1, ..., and of q at the same if causal
             or windowed, else of all q at cache_seqlens. seqlen_ro covers every position.
@@ -61,18 +76,35 @@ def flash_attn_with_kvcache(
             seqlen_k the tokens in use after the append.
         rotary_interleaved: pair dims (0, 1), (2, 3), ...; else (0, rotary_dim / 2), ... (GPT-NeoX).
         num_splits: parts that the keys are split into, 0 is planned. The torch backend uses one.
-        return_softmax_lse: also return lse (batch, heads, seqlen_q), fp32, natural units.
+        split_size: tokens of a part, instead: the result of a row then has the same bits whatever
+            else is in the batch. 0 is no such size.
+        return_softmax_lse: also return lse (batch, heads, seqlen_q) or (heads, total_q), fp32,
+            natural units.
+        cu_seqlens_q, cu_seqlens_k_new: (batch + 1,) int32, where the sequences of a packed q, and
+            of packed k and v, begin and end: prefills and decodes in one call.
+        max_seqlen_q: upper bound of the lengths of packed queries, optional.
+        rotary_seqlens: (batch,) int32 position of each row's first new token, default
+            cache_seqlens.
+        k_descale, v_descale: fp32 scales of an e4m3 cache, default 1: () of all, (kv_heads,),
+            (batch, kv_heads), or (batch_cache, seqlen_cache, kv_heads) or (pages, page_size,
+            kv_heads) of the tokens. What is stored times its scale is the value. New tokens are
+            quantised: by given scales, and where the scales are the tokens' own, those are written.
         attn_mask: (1|batch, 1|heads, 1|seqlen_q, slots), bool or floating, by slot of the cache.
+        tree_mask: (n, n) or (1|batch, n, n) bool: which of its row's last seqlen_q keys each query
+            sees (speculative decoding); it sees those before them, and whatever lies beyond n.
+        prefix: K (seqlen_prefix, kv_heads, head_dim) and V, of q's dtype, that come before the
+            cache of every row and are attended to once for all of them. Positions do not count it.
         learnable_sink: (heads,), as `flash_attn_func`.
         out: tensor to write the result into.
 
     Returns:
-        out (batch, seqlen_q, heads, head_dim_v), or (out, lse).
+        out, q's shape with head_dim_v, or (out, lse).
 
     Raises:
-        TypeError, ValueError: as `flash_attn_func`; a cache too small for the append, new tokens
-            that require grad (appending has no backward). Nothing is written before. Values on an
-            accelerator are checked with flashtile.config.checked only.
+        TypeError, ValueError: as `flash_attn_func`; a cache too small for the append; an input that
+            requires grad, if tokens are appended, the cache is e4m3 or there is a prefix. Nothing
+            is written before. Values on an accelerator are checked with flashtile.config.checked
+            only; else tokens that have no slot are not written.
 
     Source: Dao et al., "Flash-Decoding", 2023; rotary: Su et al., "RoFormer", 2021, section 3.2.
 
@@ -80,87 +112,58 @@ def flash_attn_with_kvcache(
     >>> out = flash_attn_with_kvcache(q, k_cache, v_cache, k, v, cache_seqlens=cache_seqlens)
     """
     for name, x in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache)):
-        checks.is_tensor(name, x, 4)
-    if num_splits < 0:
-        raise ValueError(f"num_splits is {num_splits}; it must be at least 0 (0: planned)")
-    if torch.is_autocast_enabled(q.device.type):
+        checks.is_tensor(name, x, 3 if name == "q" and cu_seqlens_q is not None else 4)
+    if cu_seqlens_q is not None:
+        checks.is_tensor("cu_seqlens_q", cu_seqlens_q, 1)
+    if torch.is_autocast_enabled(q.device.type) and k_cache.dtype != E4M3:
         q = q.to(k_cache.dtype)
         k, v = (x if x is None else x.to(k_cache.dtype) for x in (k, v))
+    if k is not None:
+        check_appendable(k_cache, v_cache)
     call = normalise(
         q, k_cache, v_cache, softmax_scale=softmax_scale, causal=causal, window_size=window_size,
-        softcap=softcap, alibi_slopes=alibi_slopes, attn_mask=attn_mask,
-        learnable_sink=learnable_sink, seqused_k=_lengths(cache_seqlens, q),
+        softcap=softcap, alibi_slopes=alibi_slopes, attn_mask=attn_mask, tree_mask=tree_mask,
+        k_descale=k_descale, v_descale=v_descale, learnable_sink=learnable_sink,
+        seqused_k=_lengths(cache_seqlens, (q, k_cache, cu_seqlens_q, block_table)),
+        cu_seqlens_q=cu_seqlens_q, max_seqlen_q=max_seqlen_q,
         block_table=block_table, cache_batch_idx=cache_batch_idx, cache_leftpad=cache_leftpad,
+        num_splits=num_splits, split_size=split_size,
     )  # fmt: skip
-    if k is None and v is None:
-        if rotary_cos is not None or rotary_sin is not None:
-            raise ValueError("rotary_cos is given and k is None; rotary goes with new tokens")
+    new = NewTokens(
+        k, v, cu_seqlens_k_new, rotary_cos, rotary_sin, rotary_seqlens,
+        *_pair(prefix), rotary_interleaved,
+    )  # fmt: skip
+    check_new_tokens(call, new, cache_seqlens)
+    if k is None and prefix is None:
         return attend(call, out=out, return_lse=return_softmax_lse)
-    for name, x in (("k_cache", k_cache), ("v_cache", v_cache)):
-        if x.stride(-1) != 1 and x.shape[-1] > 1:
-            raise ValueError(
-                f"{name} has strides {x.stride()}; to be appended to, its last must be 1"
-            )
-    _check_append(call, k, v, cache_seqlens)
-    _check_rotary(call, rotary_cos, rotary_sin)
     if out is not None:
         checks.check_out(out, call)
-    result, lse = ops.with_kvcache(k, v, rotary_cos, rotary_sin, rotary_interleaved, *call.flat())
+    result, lse = ops.with_kvcache(*new, *call.flat())
     result = result if out is None else out.copy_(result)
     return (result, lse) if return_softmax_lse else result
 
 
-def _lengths(cache_seqlens: int | Tensor | None, q: Tensor) -> Tensor | None:
-    if cache_seqlens is None or isinstance(cache_seqlens, Tensor):
+def _pair(prefix: tuple[Tensor, Tensor] | None) -> tuple[Tensor | None, Tensor | None]:
+    if prefix is None:
+        return None, None
+    if not isinstance(prefix, tuple | list) or len(prefix) != 2:
+        raise TypeError(f"prefix is a {type(prefix).__name__}; it must be a pair of tensors")
+    return prefix[0], prefix[1]
+
+
+def _lengths(cache_seqlens: int | Tensor | None, call: Sequence[Tensor | None]) -> Tensor | None:
+    """cache_seqlens as a tensor; None for a full cache of one length for all."""
+    q, k_cache, cu_seqlens_q, block_table = call
+    assert q is not None
+    assert k_cache is not None
+    if isinstance(cache_seqlens, Tensor):
+        checks.int32("cache_seqlens", cache_seqlens, q, (-1,))
+    if isinstance(cache_seqlens, Tensor) or (cache_seqlens is None and cu_seqlens_q is None):
         return cache_seqlens
-    return torch.full((q.shape[0],), cache_seqlens, dtype=torch.int32, device=q.device)
-
-
-def _check_append(
-    call: Call, k: Tensor | None, v: Tensor | None, cache_seqlens: int | Tensor | None
-) -> None:
-    """New tokens fit the cache, as far as the host knows."""
-    q, k_cache, v_cache = call.operands[:3]
-    for name, x, cache in (("k", k, k_cache), ("v", v, v_cache)):
-        if x is None:
-            raise ValueError(f"{name} is None; k and v are given together")
-        checks.is_tensor(name, x, 4)
-        checks.same_device(name, x, q)
-        if x.dtype != cache.dtype:
-            raise TypeError(f"{name} has dtype {x.dtype}; the cache has {cache.dtype}")
-        wanted = (q.shape[0], k.shape[1] if k is not None else 0, *cache.shape[2:])
-        if tuple(x.shape) != wanted:
-            raise ValueError(f"{name} has shape {tuple(x.shape)}; it must be {wanted}")
     if cache_seqlens is None:
-        raise ValueError("cache_seqlens is None; appending needs to know where to write")
-    assert k is not None
-    if not isinstance(cache_seqlens, Tensor) and cache_seqlens + k.shape[1] > call.seqlen_k:
-        raise ValueError(
-            f"cache_seqlens is {cache_seqlens} with {k.shape[1]} new tokens; "
-            f"the cache holds {call.seqlen_k}"
-        )
-    if torch.is_grad_enabled() and any(
-        x is not None and x.requires_grad for x in (*call.operands, k, v)
-    ):
-        raise ValueError("an input requires grad; appending to a cache has no backward")
-
-
-def _check_rotary(call: Call, cos: Tensor | None, sin: Tensor | None) -> None:
-    if cos is None and sin is None:
-        return
-    q = call.operands.q
-    for name, x in (("rotary_cos", cos), ("rotary_sin", sin)):
-        if x is None:
-            raise ValueError(f"{name} is None; rotary_cos and rotary_sin are given together")
-        checks.is_tensor(name, x, 2)
-        checks.same_device(name, x, q)
-        if x.dtype not in FLOATING:
-            raise TypeError(f"{name} has dtype {x.dtype}; it must be floating")
-        if 2 * x.shape[1] > q.shape[-1]:
-            raise ValueError(f"{name} rotates {2 * x.shape[1]} dims; head_dim is {q.shape[-1]}")
-    assert cos is not None and sin is not None
-    if cos.shape != sin.shape:
-        raise ValueError(f"rotary_sin has shape {tuple(sin.shape)}; cos has {tuple(cos.shape)}")
+        cache_seqlens = k_cache.shape[1] * (1 if block_table is None else block_table.shape[-1])
+    batch = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
+    return torch.full((batch,), cache_seqlens, dtype=torch.int32, device=q.device)
 
 
 def flash_attn_combine(
@@ -176,7 +179,8 @@ def flash_attn_combine(
     Args:
         out_partial: (splits, batch, seqlen, heads, head_dim), float32 for no loss; or any other
             dimensions between the first and the last.
-        lse_partial: out_partial's shape without head_dim, natural units, -inf for an empty part.
+        lse_partial: out_partial's shape without head_dim, natural units, -inf for an empty part,
+            whose out may be anything.
         out: tensor to write the result into.
         out_dtype: dtype of the result, default out's, else out_partial's.
 
@@ -206,10 +210,15 @@ def flash_attn_combine(
     if out_partial.shape[0] == 0:
         raise ValueError("out_partial has 0 splits; it must have at least 1")
     dtype = torch.promote_types(out_partial.dtype, torch.float32)
-    lse = torch.logsumexp(lse_partial.to(dtype), dim=0)
-    # An empty union has lse -inf: its parts weigh 0, not exp(-inf + inf).
-    weights = torch.exp(lse_partial.to(dtype) - torch.where(lse == -math.inf, 0.0, lse))
-    merged = (weights.unsqueeze(-1) * out_partial.to(dtype)).sum(0)
+    # An empty union has lse -inf: its parts weigh 0, not exp(-inf + inf), in the gradients too.
+    given = lse_partial.to(dtype)
+    empty = (given == -math.inf).all(0)
+    lse = torch.logsumexp(torch.where(empty, 0.0, given), dim=0)
+    weights = torch.exp(given - lse)
+    lse = torch.where(empty, -math.inf, lse)
+    # Nor is the out of an empty part looked at, which nobody may have written.
+    parts = torch.where((weights == 0.0).unsqueeze(-1), 0.0, out_partial.to(dtype))
+    merged = (weights.unsqueeze(-1) * parts).sum(0)
     if out is None:
         return merged.to(out_dtype or out_partial.dtype), lse
     if out.shape != merged.shape or (out_dtype is not None and out.dtype != out_dtype):

@@ -9,12 +9,15 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from flashtile import checks, ops, reference
+from flashtile.mods import functions
+from flashtile.mods.functions import MaskFunction, ScoreFunction, mod_operands
 from flashtile.problem import (
     UNBOUNDED,
     Call,
     Operands,
     Sequences,
     Variant,
+    latent,
     scale_or_default,
     window_sides,
 )
@@ -40,9 +43,16 @@ def normalise(
     attn_mask: Tensor | None = None,
     learnable_sink: Tensor | None = None,
     document_ids: Documents | None = None,
+    tree_mask: Tensor | None = None,
+    k_descale: Tensor | None = None,
+    v_descale: Tensor | None = None,
     dropout_generator: torch.Generator | None = None,
+    score_mod: ScoreFunction | None = None,
+    mask_mod: MaskFunction | None = None,
     max_seqlen_q: int | Tensor | None = None,
     max_seqlen_k: int | Tensor | None = None,
+    num_splits: int = 0,
+    split_size: int = 0,
     **sequences: Tensor | None,
 ) -> Call:
     """Validate a call and put it in normal form; draws the dropout state if there is dropout."""
@@ -53,6 +63,8 @@ def normalise(
     operands = Operands(
         _unit_stride(q), _unit_stride(k), _unit_stride(v), _four_dims(bias), _four_dims(attn_mask),
         alibi_slopes, _unit_stride(learnable_sink), ids_q, ids_k,
+        tree_mask=_three_dims(tree_mask), k_descale=k_descale, v_descale=v_descale,
+        **mod_operands(score_mod, mask_mod, q),
     )  # fmt: skip
     where: dict[str, Any] = {name: _unit_stride(x) for name, x in sequences.items()}
     longest = host_int(max_seqlen_q), host_int(max_seqlen_k)
@@ -62,6 +74,9 @@ def normalise(
         Variant(
             scale_or_default(softmax_scale, q), left, right, float(softcap), float(dropout_p),
             deterministic or torch.are_deterministic_algorithms_enabled(),
+            0 if score_mod is None else score_mod.handle,
+            0 if mask_mod is None else mask_mod.handle,
+            num_splits, split_size, latent(k, v),
         ),
     )  # fmt: skip
     checks.check_call(call)
@@ -94,7 +109,9 @@ def signed_probabilities(call: Call) -> Tensor:
     if call.variant.dropout_p == 0.0:
         return call.operands.q.new_empty((0,))
     with torch.no_grad():
-        return reference.signed_probabilities(call)
+        return reference.signed_probabilities(
+            call, functions.score_function(call), functions.mask_function(call)
+        )
 
 
 def _refuse_forward_mode(call: Call) -> None:
@@ -121,6 +138,11 @@ def _four_dims(x: Tensor | None) -> Tensor | None:
     if not isinstance(x, Tensor) or x.dim() >= 4:
         return x
     return x[(None,) * (4 - x.dim())]
+
+
+def _three_dims(x: Tensor | None) -> Tensor | None:
+    """Give one tree for all sequences its batch dimension."""
+    return x[None] if isinstance(x, Tensor) and x.dim() == 2 else x
 
 
 def _document_pair(ids: Documents | None) -> tuple[Tensor | None, Tensor | None]:

@@ -10,6 +10,7 @@ from torch import Tensor
 from flashtile import checks
 from flashtile.api import warm
 from flashtile.api.call import Documents, Window, attend, normalise
+from flashtile.mods.functions import MaskFunction, ScoreFunction
 
 
 def flash_attn_func(
@@ -30,6 +31,8 @@ def flash_attn_func(
     attn_mask: Tensor | None = None,
     learnable_sink: Tensor | None = None,
     document_ids: Documents | None = None,
+    score_mod: ScoreFunction | None = None,
+    mask_mod: MaskFunction | None = None,
     out: Tensor | None = None,
     dropout_generator: torch.Generator | None = None,
 ) -> Any:
@@ -66,6 +69,9 @@ def flash_attn_func(
             denominator, and lse (Xiao et al., 2024; gpt-oss).
         document_ids: integers (batch, seqlen), or a pair for q and k: queries see only keys of
             their own document.
+        score_mod: a `flashtile.ScoreFunction` of the user's own, applied after the other changes to
+            scores: elementwise, in Triton, with its derivative.
+        mask_mod: a `flashtile.MaskFunction`: keys are seen where it, too, is true.
         out: tensor of the result's shape, dtype and device to write into; no autograd.
         dropout_generator: generator of the dropout state, default torch's.
 
@@ -83,7 +89,8 @@ def flash_attn_func(
     >>> out = flash_attn_func(q, q, q, causal=True)  # (2, 1024, 8, 64)
     """
     key, tensors = None, (q, k, v, bias, alibi_slopes, learnable_sink)
-    if attn_mask is document_ids is out is None and dropout_p == 0.0 and not return_attn_probs:
+    plain = attn_mask is document_ids is score_mod is mask_mod is out is None
+    if plain and dropout_p == 0.0 and not return_attn_probs:
         given = (softmax_scale, causal, window_size, softcap, deterministic)
         key = warm.key_of(given, tensors)
         if (found := warm.again(key, tensors)) is not None:
@@ -92,8 +99,8 @@ def flash_attn_func(
         q, k, v, dropout_p=dropout_p, softmax_scale=softmax_scale, causal=causal,
         window_size=window_size, softcap=softcap, alibi_slopes=alibi_slopes,
         deterministic=deterministic, bias=bias, attn_mask=attn_mask,
-        learnable_sink=learnable_sink, document_ids=document_ids,
-        dropout_generator=dropout_generator,
+        learnable_sink=learnable_sink, document_ids=document_ids, score_mod=score_mod,
+        mask_mod=mask_mod, dropout_generator=dropout_generator,
     )  # fmt: skip
     found = attend(call, out=out, return_lse=return_lse, return_attn_probs=return_attn_probs)
     warm.remember(key, tensors, call)
@@ -116,6 +123,8 @@ def flash_attn_qkvpacked_func(
     attn_mask: Tensor | None = None,
     learnable_sink: Tensor | None = None,
     document_ids: Documents | None = None,
+    score_mod: ScoreFunction | None = None,
+    mask_mod: MaskFunction | None = None,
     out: Tensor | None = None,
     dropout_generator: torch.Generator | None = None,
 ) -> Any:
@@ -135,8 +144,8 @@ def flash_attn_qkvpacked_func(
     return flash_attn_func(
         q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes,
         deterministic, return_attn_probs, return_lse=return_lse, bias=bias, attn_mask=attn_mask,
-        learnable_sink=learnable_sink, document_ids=document_ids, out=out,
-        dropout_generator=dropout_generator,
+        learnable_sink=learnable_sink, document_ids=document_ids, score_mod=score_mod,
+        mask_mod=mask_mod, out=out, dropout_generator=dropout_generator,
     )  # fmt: skip
 
 
@@ -157,6 +166,8 @@ def flash_attn_kvpacked_func(
     attn_mask: Tensor | None = None,
     learnable_sink: Tensor | None = None,
     document_ids: Documents | None = None,
+    score_mod: ScoreFunction | None = None,
+    mask_mod: MaskFunction | None = None,
     out: Tensor | None = None,
     dropout_generator: torch.Generator | None = None,
 ) -> Any:
@@ -177,6 +188,6 @@ def flash_attn_kvpacked_func(
     return flash_attn_func(
         q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes,
         deterministic, return_attn_probs, return_lse=return_lse, bias=bias, attn_mask=attn_mask,
-        learnable_sink=learnable_sink, document_ids=document_ids, out=out,
-        dropout_generator=dropout_generator,
+        learnable_sink=learnable_sink, document_ids=document_ids, score_mod=score_mod,
+        mask_mod=mask_mod, out=out, dropout_generator=dropout_generator,
     )  # fmt: skip

@@ -10,6 +10,7 @@ from torch import Tensor
 from flashtile import checks
 from flashtile.api import warm
 from flashtile.api.call import Documents, Window, attend, host_int, normalise
+from flashtile.mods.functions import MaskFunction, ScoreFunction
 
 
 def flash_attn_varlen_func(
@@ -35,8 +36,14 @@ def flash_attn_varlen_func(
     attn_mask: Tensor | None = None,
     learnable_sink: Tensor | None = None,
     document_ids: Documents | None = None,
+    score_mod: ScoreFunction | None = None,
+    mask_mod: MaskFunction | None = None,
     seqused_q: Tensor | None = None,
     seqused_k: Tensor | None = None,
+    num_splits: int = 0,
+    split_size: int = 0,
+    k_descale: Tensor | None = None,
+    v_descale: Tensor | None = None,
     out: Tensor | None = None,
     dropout_generator: torch.Generator | None = None,
 ) -> Any:
@@ -61,6 +68,9 @@ def flash_attn_varlen_func(
         document_ids: (total,) integers, or a pair for q and k.
         seqused_q, seqused_k: (batch,) int32, how many rows of each sequence are in use; the rest
             are treated as padding.
+        num_splits, split_size: as `flash_attn_with_kvcache`, where few queries meet long keys.
+        k_descale, v_descale: fp32 scales of e4m3 k and v, as `flash_attn_with_kvcache`; those of
+            tokens with block_table only.
         return_lse: lse is (heads, total_q).
         return_attn_probs: S_dmask is (batch, heads, max_seqlen_q, max_seqlen_k) rounded up to 128.
 
@@ -81,9 +91,12 @@ def flash_attn_varlen_func(
     """
     key, tensors = None, (q, k, v, bias, alibi_slopes, learnable_sink, cu_seqlens_q, cu_seqlens_k,
                           seqused_q, seqused_k, block_table)  # fmt: skip
-    if attn_mask is document_ids is out is None and dropout_p == 0.0 and not return_attn_probs:
+    plain = attn_mask is document_ids is score_mod is mask_mod is out is None
+    plain = plain and k_descale is v_descale is None
+    if plain and dropout_p == 0.0 and not return_attn_probs:
         longest = host_int(max_seqlen_q), host_int(max_seqlen_k)
-        given = (softmax_scale, causal, window_size, softcap, deterministic, *longest)
+        given = (softmax_scale, causal, window_size, softcap, deterministic, num_splits, split_size,
+                 *longest)  # fmt: skip
         key = warm.key_of(given, tensors)
         if (found := warm.again(key, tensors)) is not None:
             return found if return_lse else found[0]
@@ -92,10 +105,12 @@ def flash_attn_varlen_func(
         q, k, v, dropout_p=dropout_p, softmax_scale=softmax_scale, causal=causal,
         window_size=window_size, softcap=softcap, alibi_slopes=alibi_slopes,
         deterministic=deterministic, bias=bias, attn_mask=attn_mask,
-        learnable_sink=learnable_sink, document_ids=document_ids,
+        learnable_sink=learnable_sink, document_ids=document_ids, score_mod=score_mod,
+        mask_mod=mask_mod, k_descale=k_descale, v_descale=v_descale,
         dropout_generator=dropout_generator, cu_seqlens_q=cu_seqlens_q,
         cu_seqlens_k=cu_seqlens_k, seqused_q=seqused_q, seqused_k=seqused_k,
         block_table=block_table, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k,
+        num_splits=num_splits, split_size=split_size,
     )  # fmt: skip
     found = attend(call, out=out, return_lse=return_lse, return_attn_probs=return_attn_probs)
     warm.remember(key, tensors, call)
@@ -120,6 +135,8 @@ def flash_attn_varlen_qkvpacked_func(
     attn_mask: Tensor | None = None,
     learnable_sink: Tensor | None = None,
     document_ids: Documents | None = None,
+    score_mod: ScoreFunction | None = None,
+    mask_mod: MaskFunction | None = None,
     seqused_q: Tensor | None = None,
     seqused_k: Tensor | None = None,
     out: Tensor | None = None,
@@ -144,8 +161,8 @@ def flash_attn_varlen_qkvpacked_func(
         q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, dropout_p, softmax_scale, causal,
         window_size, softcap, alibi_slopes, deterministic, return_attn_probs,
         return_lse=return_lse, bias=bias, attn_mask=attn_mask, learnable_sink=learnable_sink,
-        document_ids=document_ids, seqused_q=seqused_q, seqused_k=seqused_k, out=out,
-        dropout_generator=dropout_generator,
+        document_ids=document_ids, score_mod=score_mod, mask_mod=mask_mod, seqused_q=seqused_q,
+        seqused_k=seqused_k, out=out, dropout_generator=dropout_generator,
     )  # fmt: skip
 
 
@@ -170,6 +187,8 @@ def flash_attn_varlen_kvpacked_func(
     attn_mask: Tensor | None = None,
     learnable_sink: Tensor | None = None,
     document_ids: Documents | None = None,
+    score_mod: ScoreFunction | None = None,
+    mask_mod: MaskFunction | None = None,
     seqused_q: Tensor | None = None,
     seqused_k: Tensor | None = None,
     out: Tensor | None = None,
@@ -194,6 +213,6 @@ def flash_attn_varlen_kvpacked_func(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale,
         causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs,
         return_lse=return_lse, bias=bias, attn_mask=attn_mask, learnable_sink=learnable_sink,
-        document_ids=document_ids, seqused_q=seqused_q, seqused_k=seqused_k, out=out,
-        dropout_generator=dropout_generator,
+        document_ids=document_ids, score_mod=score_mod, mask_mod=mask_mod, seqused_q=seqused_q,
+        seqused_k=seqused_k, out=out, dropout_generator=dropout_generator,
     )  # fmt: skip

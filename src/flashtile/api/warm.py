@@ -15,7 +15,7 @@ from torch import Tensor
 
 from flashtile import ops
 from flashtile.backends import replays
-from flashtile.problem import Call
+from flashtile.problem import Call, latent
 
 _HASHED = frozenset((bool, int, float, str, type(None)))
 
@@ -33,7 +33,7 @@ def key_of(given: tuple[Any, ...], tensors: Sequence[Tensor | None]) -> replays.
     ):
         return None  # the operator casts them
     try:
-        return replays.key_of((given, ops.plan), tensors)
+        return replays.key_of((given, ops.plan, latent(k, v)), tensors)
     except RuntimeError:
         return None  # a tensor that wraps another, left behind by a transform
 

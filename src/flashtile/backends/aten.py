@@ -21,8 +21,10 @@ def can(call: Call, segment: Segment) -> bool:
     (q, k, v, *features), _, variant = call
     return (
         q.device.type == "cpu"
+        and q.dtype == k.dtype
         and all(x is None for x in features)
         and variant.softcap == 0.0
+        and variant.score_mod == variant.mask_mod == 0
         and variant.softmax_scale > 0.0  # it scales masked scores too: -inf * 0 is NaN
         and variant.window_left == UNBOUNDED
         and (variant.window_right == UNBOUNDED or _causal_square(variant.window_right, segment))

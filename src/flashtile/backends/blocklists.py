@@ -65,8 +65,8 @@ def _lists(call: Call, transposed: bool) -> BlockList | None:
     run(Launch(
         kernels.list_blocks, shape.batches * shape.heads * own,
         (_grid(codes), entries, counts, operands.query_sequences(call),
-         operands.key_sequences(call), operands.band(call), opaque(shape.heads), transposed,
-         CHUNK_CODES),
+         operands.key_sequences(call), operands.band(call) + operands.mask_functions(call),
+         opaque(shape.heads), transposed, CHUNK_CODES),
     ))  # fmt: skip
     return BlockList(
         entries, counts,

@@ -3,33 +3,35 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache, partial
+from functools import partial
 
 import torch
 from torch import Tensor
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from flashtile.backends import blocklists, operands, triton
-from flashtile.backends.hopper_backward import backward
+from flashtile.backends.hopper_backward import backward, processors, ragged_k, ragged_q
 from flashtile.backends.launch import Launch, run
 from flashtile.backends.operands import row_view
 from flashtile.backends.replays import empty, make
 from flashtile.backends.tensormaps import (
     folds,
-    has_gaps,
     mapped,
-    maps,
-    page_map,
+    packed_map,
     ragged_map,
+    slot_map,
     tensor_map,
 )
 from flashtile.hopper_tiles import HopperTile
+from flashtile.kernels.forward import Heads
 from flashtile.kernels.hopper import forward as kernels
 from flashtile.kernels.hopper import layouts, words
 from flashtile.kernels.hopper.scheduler import Work
 from flashtile.kernels.numbers import opaque
+from flashtile.kernels.views import Sequences
 from flashtile.plan import Plan
 from flashtile.problem import Call
+from flashtile.strides import Steps
 
 __all__ = ["backward", "forward"]
 
@@ -39,6 +41,9 @@ L2_BYTES = 32 * 2**20
 MOST_UNIT = 2.0**27
 """What scores may be counted in: the kernel's least maximum, -1e30 of it, must be finite."""
 
+PAGE_COLUMNS = 64
+"""Columns of a part of a page that is loaded at once (see `pages.load_part`)."""
+
 COUNTERS = 4096
 """Streams and captured launches that find a counter cleared beforehand."""
 
@@ -46,7 +51,7 @@ COUNTERS = 4096
 def forward(call: Call, plan: Plan) -> tuple[Tensor, Tensor]:
     """(out, lse) of a call; rows of no sequence and rows that see no key are 0 and -inf."""
     empty_operand = 0 in (x.numel() for x in call.operands[:3])  # TMA has none
-    if empty_operand or _scattered(call) or operands.score_unit(call) > MOST_UNIT:
+    if empty_operand or operands.score_unit(call) > MOST_UNIT:
         return triton.forward(call, plan)
     call = _mapped(call)
     q, v = call.operands.q, call.operands.v
@@ -59,43 +64,52 @@ def forward(call: Call, plan: Plan) -> tuple[Tensor, Tensor]:
 def forward_launch(call: Call, plan: Plan, out: Tensor, lse: Tensor) -> Launch:
     if plan.hopper is None:
         raise ValueError(f"plan.hopper is None; the plan is for the {plan.backend} backend")
-    tile, (q, k, v) = plan.hopper, call.operands[:3]
+    tile, q = plan.hopper, call.operands.q
     a = operands.arguments(call)
     variant = operands.variant(call, True, blocklists.by_queries(call))
     if variant.dropouts:
         dropout = variant.dropouts[0]._replace(multiply=words.multiply)
         variant = variant._replace(dropouts=(dropout,))
-    rows = layouts.ROWS.value
-    queries = _maps(ragged_q(call), rows, (q, tile.padded))
-    keys = _maps(ragged_k(call), tile.block_n, (k, tile.padded), (v, tile.padded_v))
-    if call.sequences.block_table is not None:
-        keys = [page_map(x, min(tile.block_n, k.shape[1])) for x in (k, v)]
-    outputs = _maps(call.varlen, rows, (out, tile.padded_v))
-    work = _work(call, tile)
+    k_seq, keys = _key_maps(call, a.k_seq, tile)
+    queries, outputs, heads, rows = _query_maps(call, out, a.heads, tile)
+    grid = min(processors(q.device), triton.query_grid(rows, tile.block_m))
     return Launch(
-        kernels.attention_forward, min(_ctas(q.device), triton.query_grid(call, tile.block_m)),
-        (*queries, *keys, *outputs, row_view(lse), a.q_seq, a.k_seq, variant,
-         call.operands.learnable_sink, a.scale, a.heads, work, tile),
+        kernels.attention_forward, grid,
+        (*queries, *keys, *outputs, row_view(lse), a.q_seq, k_seq, variant,
+         call.operands.learnable_sink, a.scale, heads, _work(rows, tile), tile),
     )  # fmt: skip
 
 
-def ragged_q(call: Call) -> bool:
-    """Whether queries are read up to the end of a sequence that the device knows."""
-    return call.varlen or call.sequences.seqused_q is not None
+def _query_maps(
+    call: Call, out: Tensor, heads: Heads, tile: HopperTile
+) -> tuple[list[TensorDescriptor], list[TensorDescriptor], Heads, Call]:
+    """Maps of q and out, the heads that tiles have, and the call whose tiles these are."""
+    q, count = call.operands.q, layouts.ROWS.value
+    if tile.pack == 1:
+        queries = _maps(ragged_q(call), count, (q, tile.padded))
+        return queries, _maps(call.varlen, count, (out, tile.padded_v)), heads, call
+    kv_heads = call.operands.k.shape[-2]
+    packed = q.as_strided((q.shape[0], q.shape[1] * tile.pack, kv_heads, 1), (0, 0, 0, 1))
+    return (
+        [packed_map(q, kv_heads, tile.pack, count, tile.padded)],
+        [packed_map(out, kv_heads, tile.pack, count, tile.padded_v)],
+        heads._replace(count=opaque(kv_heads)),
+        call._replace(operands=call.operands._replace(q=packed)),
+    )
 
 
-def ragged_k(call: Call) -> bool:
-    """The same of keys."""
-    s = call.sequences
-    given = (s.cu_seqlens_k, s.seqused_k, s.cache_batch_idx, s.cache_leftpad)
-    return any(x is not None for x in given)
-
-
-def _scattered(call: Call) -> bool:
-    """Whether TMA cannot read a cache or a pool of pages where it lies: none of them is copied."""
+def _key_maps(
+    call: Call, seq: Sequences, tile: HopperTile
+) -> tuple[Sequences, list[TensorDescriptor]]:
+    """The keys' sequences, and maps of k and v."""
     k, v = call.operands[1:3]
-    held = ragged_k(call) or call.sequences.block_table is not None
-    return k.dim() == 4 and held and any(has_gaps(x) or not maps(x) for x in (k, v))
+    if not call.held:
+        return seq, _maps(ragged_k(call), tile.block_n, (k, tile.padded), (v, tile.padded_v))
+    steps, rows, widths = Steps.of(k), tile.block_n, (tile.padded, tile.padded_v)
+    if call.sequences.block_table is not None:
+        rows, widths = min(rows, k.shape[1]), (PAGE_COLUMNS, PAGE_COLUMNS)
+    maps = [slot_map(x, rows, width, steps) for x, width in zip((k, v), widths, strict=True)]
+    return seq._replace(steps=tuple(map(opaque, steps))), maps
 
 
 def _maps(ragged: bool, rows: int, *tensors: tuple[Tensor, int]) -> list[TensorDescriptor]:
@@ -108,10 +122,10 @@ def _maps(ragged: bool, rows: int, *tensors: tuple[Tensor, int]) -> list[TensorD
 
 def _work(call: Call, tile: HopperTile) -> Work:
     q, k, v = call.operands[:3]
-    pairs, together = call.batch * q.shape[-2], 1
+    pairs, together = q.shape[-2] * (1 if call.varlen else call.batch), 1
     if call.banded:
         # Longest first over as many heads as leave their K and V in L2.
-        per_head = k.element_size() * k.shape[-3] * (k.shape[-1] + v.shape[-1])
+        per_head = k.element_size() * call.seqlen_k * (k.shape[-1] + v.shape[-1])
         group = q.shape[-2] // k.shape[-2]
         together = max(1, L2_BYTES // max(1, per_head)) * group
     row_tiles = -(-call.seqlen_q // tile.block_m)
@@ -121,16 +135,9 @@ def _work(call: Call, tile: HopperTile) -> Work:
 
 def _mapped(call: Call) -> Call:
     """The call with copies of those of q, k and v that TMA cannot read where they lie."""
-    ragged = (ragged_q(call), ragged_k(call), ragged_k(call))
-    q, k, v = (mapped(x, gaps) for x, gaps in zip(call.operands[:3], ragged, strict=True))
+    q, k, v = call.operands[:3]
+    q, k, v = mapped(q, ragged_q(call)), mapped(k), mapped(v)
     return call._replace(operands=call.operands._replace(q=q, k=k, v=v))
-
-
-@lru_cache
-def _ctas(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 1
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 _counters: dict[tuple[int, int], Tensor] = {}

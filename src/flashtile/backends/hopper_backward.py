@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
@@ -11,19 +13,20 @@ from flashtile.backends import operands, triton
 from flashtile.backends.launch import Launch, run
 from flashtile.backends.operands import row_view, token_view
 from flashtile.backends.replays import empty
-from flashtile.backends.tensormaps import folds, mapped, numbers_map, tensor_map
+from flashtile.backends.tensormaps import folds, mapped, numbers_map, ragged_map, tensor_map
 from flashtile.backends.torch import Gradients
 from flashtile.hopper_backward_tiles import HopperBackwardTile, backward_tile, cannot_backward
 from flashtile.kernels.forward import Heads
 from flashtile.kernels.hopper import backward as kernels
 from flashtile.kernels.hopper import layouts, prepare, query_gradients
+from flashtile.kernels.hopper.key_tiles import KeyWork
 from flashtile.kernels.numbers import opaque
 from flashtile.plan import Plan
 from flashtile.problem import Call, describe
 
-L2_BYTES = 24 * 2**20
-"""What dQ's fp32 sums of the heads whose tiles are taken together may fill: half of an H200's
-L2."""
+TILES_TOGETHER = 256
+"""Tiles that are taken longest first before those of other heads follow: about two for each of an
+H200's 132 SMs. Fewer, and CTAs end far apart; more, and dQ's sums leave L2."""
 
 ROWS = layouts.ROWS.value
 """Keys of a warpgroup."""
@@ -34,6 +37,8 @@ class Workspace(NamedTuple):
 
     rows: Tensor  # (2 * query blocks, block_m) fp32: lse in log2 units, delta, lse, ...
     acc: Tensor  # (query blocks * block_m * padded / 256, 256) fp32: sums of dQ, in its own order
+    counter: Tensor | None = None  # (1,) int32: see `key_tiles.KeyWork`
+    locks: Tensor | None = None  # (query blocks,) int32: see `query_gradients.add_shares`
 
 
 def backward(
@@ -47,12 +52,14 @@ def backward(
 ) -> Gradients:
     """The gradients asked for: needs is (q, k, v, bias, learnable_sink). What the kernel cannot do,
     and calls that want a part of dQ, dK and dV, are the portable backend's."""
-    problem = describe(call)
-    if not all(needs[:3]) or cannot_backward(problem, call.variant.deterministic) is not None:
+    problem, deterministic = describe(call), call.variant.deterministic
+    empty_operand = 0 in (x.numel() for x in call.operands[:3])  # TMA has none
+    if empty_operand or not all(needs[:3]) or cannot_backward(problem, deterministic) is not None:
         return triton.backward(call, plan, dout, dlse, out, lse, needs)
-    q, k, v, dout = map(mapped, (*call.operands[:3], dout))
+    q, dout = (mapped(x, ragged_q(call)) for x in (call.operands.q, dout))
+    k, v = (mapped(x, ragged_k(call)) for x in call.operands[1:3])
     call = call._replace(operands=call.operands._replace(q=q, k=k, v=v))
-    tile = backward_tile(problem)
+    tile = backward_tile(problem, deterministic)
     space = workspace(call, tile, lse)
     wants_sink = needs[4] and call.operands.learnable_sink is not None
     shares = empty((triton.query_grid(call, tile.block_m),), lse) if wants_sink else None
@@ -68,8 +75,12 @@ def backward(
 
 def workspace(call: Call, tile: HopperBackwardTile, like: Tensor) -> Workspace:
     blocks = triton.query_grid(call, tile.block_m)
-    rows = empty((2 * blocks, tile.block_m), like)
-    return Workspace(rows, empty((blocks * tile.block_m * tile.padded // 256, 256), like))
+    return Workspace(
+        empty((2 * blocks, tile.block_m), like),
+        empty((blocks * tile.block_m * tile.padded // 256, 256), like),
+        empty((1,), like, torch.int32) if tile.persistent else None,
+        empty((blocks,), like, torch.int32) if tile.adds != "in any order" else None,
+    )
 
 
 def prepare_launch(
@@ -80,9 +91,9 @@ def prepare_launch(
     return Launch(
         prepare.prepare_backward, triton.query_grid(call, tile.block_m),
         (token_view(out), token_view(dout), row_view(lse),
-         triton.gradient_rows(dlse), space.rows, space.acc,
+         triton.gradient_rows(dlse), space,
          None if shares is None else call.operands.learnable_sink, shares,
-         operands.query_sequences(call), operands.arguments(call).heads, tile),
+         operands.query_sequences(call), operands.arguments(call).heads, tile), _warps(tile),
     )  # fmt: skip
 
 
@@ -91,19 +102,42 @@ def gradient_launch(
 ) -> Launch:
     """dK and dV, and the sums of dQ."""
     q, k, v = call.operands[:3]
-    a, padded = operands.arguments(call), tile.padded
+    a, padded, padded_v = operands.arguments(call), tile.padded, tile.padded_v
+    queries = [_map(x, tile.block_m, n, ragged_q(call)) for x, n in ((q, padded), (dout, padded_v))]
+    keys = [_map(x, ROWS, padded, ragged_k(call)) for x in (k, dk)]
+    values = [_map(x, ROWS, padded_v, ragged_k(call)) for x in (v, dv)]
+    work = _work(call, tile, a.heads)._replace(counter=space.counter, locks=space.locks)
+    grid = triton.key_grid(call, tile.block_n)
     return Launch(
-        kernels.attention_backward, triton.key_grid(call, tile.block_n),
-        (_heads_map(q, tile.block_m, padded), _heads_map(k, ROWS, padded),
-         _heads_map(v, ROWS, padded), _heads_map(dout, tile.block_m, padded),
-         numbers_map(space.rows, 1), numbers_map(space.acc, 16),
-         _heads_map(dk, ROWS, padded), _heads_map(dv, ROWS, padded), (a.q_seq, a.k_seq),
-         operands.variant(call, True), a.scale, _work(call, tile, a.heads), tile),
+        kernels.attention_backward, min(grid, processors(q.device)) if tile.persistent else grid,
+        (queries[0], keys[0], values[0], queries[1], numbers_map(space.rows, 1),
+         numbers_map(space.acc, 16), keys[1], values[1], (a.q_seq, a.k_seq),
+         operands.variant(call, True), a.scale, work, tile),
     )  # fmt: skip
 
 
-def _heads_map(x: Tensor, rows: int, padded: int) -> TensorDescriptor:
-    return tensor_map(x, rows, padded, folds(x, padded))
+def _map(x: Tensor, rows: int, padded: int, ragged: bool) -> TensorDescriptor:
+    return ragged_map(x, rows, padded) if ragged else tensor_map(x, rows, padded, folds(x, padded))
+
+
+def ragged_q(call: Call) -> bool:
+    """Whether queries are read up to the end of a sequence that the device knows."""
+    return call.varlen or call.sequences.seqused_q is not None
+
+
+def ragged_k(call: Call) -> bool:
+    """The same of keys."""
+    s = call.sequences
+    given = (s.cu_seqlens_k, s.seqused_k, s.cache_batch_idx, s.cache_leftpad)
+    return any(x is not None for x in given)
+
+
+@lru_cache
+def processors(device: torch.device) -> int:
+    """CTAs that run at once, one on each of a GPU's processors."""
+    if device.type != "cuda":
+        return 1
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def finish_launch(call: Call, tile: HopperBackwardTile, space: Workspace, dq: Tensor) -> Launch:
@@ -111,16 +145,33 @@ def finish_launch(call: Call, tile: HopperBackwardTile, space: Workspace, dq: Te
     a = operands.arguments(call)
     return Launch(
         query_gradients.finish_query_gradient, triton.query_grid(call, tile.block_m),
-        (space.acc, token_view(dq), a.q_seq, a.scale, a.heads, tile),
+        (space.acc, space.locks, token_view(dq), a.q_seq, a.scale, a.heads, tile), _warps(tile),
     )  # fmt: skip
 
 
-def _work(call: Call, tile: HopperBackwardTile, opened: Heads) -> kernels.KeyWork:
-    heads, kv_heads = call.operands.q.shape[-2], call.operands.k.shape[-2]
-    pairs, together = call.batch * kv_heads, 1
-    if call.banded:
-        # Longest first over as many heads as leave their sums of dQ in L2.
-        per_pair = 4 * tile.padded * call.seqlen_q * (heads // kv_heads)
-        together = min(pairs, max(1, L2_BYTES // per_pair))
-    tiles, blocks = -(-call.seqlen_k // tile.block_n), -(-call.seqlen_q // tile.block_m)
-    return kernels.KeyWork(opaque(tiles), opaque(blocks), opaque(pairs), opaque(together), opened)
+def _warps(tile: HopperBackwardTile) -> int:
+    """Of the kernels over blocks of queries: 64 sums of dQ a thread."""
+    return max(4, tile.block_m * tile.padded // (32 * 64))
+
+
+def _work(call: Call, tile: HopperBackwardTile, opened: Heads) -> KeyWork:
+    q, k = call.operands[:2]
+    blocks = triton.query_grid(call, tile.block_m) // q.shape[-2]
+    pairs, together = k.shape[-2], 1
+    tiles = triton.key_grid(call, tile.block_n) // pairs
+    if not call.varlen:
+        blocks //= call.batch
+    if k.dim() == 3:
+        together = pairs  # a sequence's tiles of all heads, and then the next one's
+    else:
+        pairs, tiles = pairs * call.batch, tiles // call.batch
+        if call.banded:
+            together = min(pairs, heads_together(tiles))
+    return KeyWork(opaque(tiles), opaque(blocks), opaque(pairs), opaque(together), opened)
+
+
+def heads_together(tiles: int) -> int:
+    """KV heads whose tiles, `tiles` of each, are taken longest first together: a power of two, so
+    that the last ones are as many as the others (head dim 128, causal, simulated: 3 heads of 16
+    together end 4.5% after 4 do; one of eight, in groups of four query heads, 23%)."""
+    return 1 << max(0, (-(-TILES_TOGETHER // tiles) - 1).bit_length())

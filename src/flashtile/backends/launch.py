@@ -26,14 +26,20 @@ class Launch(NamedTuple):
     arguments: tuple[Any, ...]
     num_warps: int = 4
     num_stages: int = 1
+    fused: bool = True  # products and sums may be contracted to FMAs
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What Triton is told besides."""
+        found = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        return found if self.fused else {**found, "enable_fp_fusion": False}
 
 
 def run(launch: Launch) -> None:
     """Launch on the current stream. An empty grid is no launch."""
     if launch.grid == 0:
         return
-    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
-    start = partial(launch.kernel[(launch.grid,)], **options)
+    start = partial(launch.kernel[(launch.grid,)], **launch.options)
     compiled = launch_healing(lambda: start(*launch.arguments), launch.kernel)
     if (tape := taping()) is None:
         return

@@ -8,11 +8,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from flashtile.backends.replays import make
 from flashtile.kernels import dropout, forward, masks, schedule, scores, views
 from flashtile.kernels.config import Tile
 from flashtile.kernels.numbers import opaque
+from flashtile.mods import functions
 from flashtile.problem import UNBOUNDED, Call
-from flashtile.random import drop_threshold
+from flashtile.quantize import scale_strides
+from flashtile.random import NUMBERS, drop_threshold
 from flashtile.tiles import KernelConfig
 
 LOG2E = math.log2(math.e)
@@ -75,10 +78,12 @@ def key_sequences(call: Call) -> views.Sequences:
         return views.Sequences(
             opaque(call.batch), opaque(tokens), cu_seqlens, seqs.seqused_k,
             seqs.cache_leftpad, seqs.cache_batch_idx,
+            pages=None if seqs.cache_batch_idx is None else opaque(k.shape[0]),
         )  # fmt: skip
     return views.Sequences(
         opaque(call.batch), opaque(tokens * table.shape[1]), seqs.cu_seqlens_k, seqs.seqused_k,
         table=table, table_stride=table.stride(0), page_size=opaque(tokens),
+        pages=opaque(k.shape[0]),
     )  # fmt: skip
 
 
@@ -97,20 +102,24 @@ def matrix_view(x: Tensor) -> masks.MatrixView:
 
 def score_unit(call: Call) -> float:
     """What the kernels count scores in (see `kernels.scores`)."""
+    if call.variant.score_mod:
+        return 1.0  # the user's function gets natural units
     if call.variant.softcap > 0.0:
         return call.variant.softcap
     return call.variant.softmax_scale if call.variant.softmax_scale > LEAST_UNIT else 1.0
 
 
 def score_mods(call: Call, nvidia: bool) -> tuple[scores.ScoreMod, ...]:
-    """Scale or softcap, unless the unit says it all, then ALiBi, bias and float mask, in the
-    contract's order."""
+    """Scale or softcap, unless the unit says it all, then ALiBi, bias, the user's function and
+    float mask, in the contract's order."""
     operands, scale, cap = call.operands, call.variant.softmax_scale, call.variant.softcap
     unit, found = score_unit(call), []
     if cap > 0.0:
         approximate = nvidia and operands.q.element_size() == 2
         function = scores.softcap_approximate if approximate else scores.softcap
         found.append(scores.ScoreMod(function, (scale / cap,), scores.softcap_slope))
+        if unit != cap:
+            found.append(scores.ScoreMod(scores.scaled, (cap,)))
     elif unit != scale:
         found.append(scores.ScoreMod(scores.scaled, (scale,)))
     slopes = operands.alibi_slopes
@@ -118,10 +127,35 @@ def score_mods(call: Call, nvidia: bool) -> tuple[scores.ScoreMod, ...]:
         slopes = slopes.contiguous()
         stride = slopes.stride(0) if slopes.dim() == 2 else 0
         found.append(scores.ScoreMod(scores.alibi, (slopes, opaque(stride), 1.0 / unit)))
-    for matrix in (operands.bias, float_mask(call)):
-        if matrix is not None:
-            found.append(scores.ScoreMod(scores.add_matrix, (matrix_view(matrix), 1.0 / unit)))
-    return tuple(found)
+    own = functions.score_function(call)
+    users = None if own is None else scores.ScoreMod(own.fn, own.args, own.slope)
+    added = (_added(x, unit) for x in (operands.bias, float_mask(call)))
+    return (*found, *filter(None, (next(added), users, next(added))))
+
+
+def _added(matrix: Tensor | None, unit: float) -> scores.ScoreMod | None:
+    if matrix is None:
+        return None
+    return scores.ScoreMod(scores.add_matrix, (matrix_view(matrix), 1.0 / unit))
+
+
+def after_bias(mods: tuple[scores.ScoreMod, ...]) -> tuple[scores.ScoreMod, ...]:
+    """Score mods with the slopes that the bias's gradient has: of the user's."""
+    return tuple(
+        mod._replace(slope=scores.slope_one) if mod.fn in _BEFORE_BIAS else mod for mod in mods
+    )
+
+
+_BEFORE_BIAS = (scores.softcap, scores.softcap_approximate)
+
+
+def mask_functions(call: Call) -> tuple[masks.Mask, ...]:
+    """The user's mask, which may carry ranges."""
+    own = functions.mask_function(call)
+    if own is None:
+        return ()
+    return (masks.Mask(own.fn, own.args, own.keys or masks.anywhere,
+                       own.queries or masks.anywhere),)  # fmt: skip
 
 
 def float_mask(call: Call) -> Tensor | None:
@@ -129,8 +163,15 @@ def float_mask(call: Call) -> Tensor | None:
     return mask if mask is not None and mask.is_floating_point() else None
 
 
+def scale_view(scale: Tensor | None, x: Tensor, batch: int) -> views.ScaleView | None:
+    """The scales of an e4m3 k or v; None: they are 1."""
+    if scale is None:
+        return None
+    return views.ScaleView(scale, *map(opaque, scale_strides(scale, x, batch)))
+
+
 def band(call: Call) -> tuple[masks.Mask, ...]:
-    """Causality and the window: masks that carry ranges."""
+    """Causality, the window and the tree: masks that carry ranges."""
     left, right = call.variant.window_left, call.variant.window_right
     far = call.seqlen_q + call.seqlen_k  # no two tokens are further apart
     found = []
@@ -140,7 +181,16 @@ def band(call: Call) -> tuple[masks.Mask, ...]:
     if right != UNBOUNDED:
         found.append(masks.Mask(masks.not_later, (opaque(min(right, far)),),
                                 masks.not_later_keys, masks.not_later_queries))  # fmt: skip
+    tree = call.operands.tree_mask
+    if tree is not None:
+        strides = 0 if tree.shape[0] == 1 else tree.stride(0), *tree.stride()[1:]
+        view = masks.TreeView(make(_bytes, tree), *map(opaque, (tree.shape[1], *strides)))
+        found.append(masks.Mask(masks.in_tree, (view,), masks.in_tree_keys, masks.in_tree_queries))
     return tuple(found)
+
+
+def _bytes(x: Tensor) -> Tensor:
+    return x.view(torch.uint8)
 
 
 def tensor_masks(call: Call, classifying: bool = False) -> tuple[masks.Mask, ...]:
@@ -167,17 +217,25 @@ def dropouts(call: Call, nvidia: bool) -> tuple[dropout.Dropout, ...]:
     if variant.dropout_p == 0.0 or state is None:
         return ()
     threshold = drop_threshold(variant.dropout_p)
-    rescale = 1.0 / (1.0 - variant.dropout_p) if threshold < 65536 else 0.0
+    rescale = 1.0 / (1.0 - variant.dropout_p) if threshold < NUMBERS else 1.0
     heads = opaque(call.operands.q.shape[-2])
     found = dropout.Dropout(state, float(threshold), rescale, heads)
     if nvidia:
+        found = found._replace(multiply=dropout.multiply_wide)
+    if nvidia and threshold <= dropout.INFINITY:
         found = found._replace(
-            multiply=dropout.multiply_wide, zero_below=dropout.zero_below_at_once
+            factors=dropout.factors_at_once, zero_below=dropout.zero_below_in_pairs
         )
     return (found,)
 
 
 def variant(call: Call, nvidia: bool, blocks: schedule.BlockList | None = None) -> forward.Variant:
+    tensors = call.operands
     return forward.Variant(
-        score_mods(call, nvidia), band(call) + tensor_masks(call), dropouts(call, nvidia), blocks
+        score_mods(call, nvidia),
+        band(call) + mask_functions(call) + tensor_masks(call),
+        dropouts(call, nvidia),
+        blocks,
+        scale_view(tensors.k_descale, tensors.k, call.batch),
+        scale_view(tensors.v_descale, tensors.v, call.batch),
     )

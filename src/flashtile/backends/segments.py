@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from flashtile.mods import Tile
-from flashtile.problem import Call
+from flashtile.problem import E4M3, Call
+from flashtile.quantize import scale_kind
 
 
 class Segment(NamedTuple):
@@ -50,8 +51,19 @@ class Segment(NamedTuple):
     def k_rows(self, x: Tensor, lo: int, hi: int) -> Tensor:
         """Keys [lo, hi) of a k-shaped tensor: (batches, hi - lo, kv_heads, head_dim)."""
         if self.pages is not None and self.slots is not None:
-            return x[self.pages[lo:hi], self.slots[lo:hi]].unsqueeze(0)
+            at = self.pages[lo:hi], self.slots[lo:hi]
+            if x.dtype == E4M3:  # torch does not index it
+                return x.view(torch.uint8)[at].view(E4M3).unsqueeze(0)
+            return x[at].unsqueeze(0)
         return self._k_view(x, lo, hi)
+
+    def scales(self, scale: Tensor, x: Tensor, lo: int, hi: int) -> Tensor:
+        """Scales of keys [lo, hi) of a k-shaped tensor, (batches, rows, kv_heads, 1) or fewer."""
+        if scale_kind(scale, x, -1) == "token":
+            return self.k_rows(scale.unsqueeze(-1), lo, hi)
+        if scale.dim() == 2:  # a batch row's
+            return scale[self.batch : self.batch + self.batches, None, :, None]
+        return scale.unsqueeze(-1)
 
     def add_k_rows(self, x: Tensor, lo: int, hi: int, rows: Tensor) -> None:
         """Add to keys [lo, hi); pages and cache rows may be shared between sequences."""

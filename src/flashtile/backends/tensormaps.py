@@ -1,4 +1,4 @@
-"""TMA descriptors of tensors, and which tensors TMA can address."""
+"""TMA descriptors of tensors."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from flashtile.backends.replays import make
 from flashtile.kernels.hopper import channels
+from flashtile.strides import ALIGNED, MOST, Steps, has_gaps, maps
 
 END = channels.END.value
-MOST = 0x7FFF0000
-"""More than any number of rows."""
 
 
 def mapped(x: Tensor, without_gaps: bool = False) -> Tensor:
@@ -26,19 +25,6 @@ def mapped(x: Tensor, without_gaps: bool = False) -> Tensor:
 
 def _copy(x: Tensor) -> Tensor:
     return x.clone(memory_format=torch.contiguous_format)
-
-
-def maps(x: Tensor) -> bool:
-    """Whether TMA can address a tensor: rows in a piece, 16-byte aligned, and so are its strides,
-    none of them 0."""
-    steps = [s for n, s in zip(x.shape[:-1], x.stride()[:-1], strict=True) if n > 1]
-    aligned = all(s > 0 and s * x.element_size() % 16 == 0 for s in steps)
-    return aligned and x.stride(-1) == 1 and x.data_ptr() % 16 == 0
-
-
-def has_gaps(x: Tensor) -> bool:
-    """Whether the tokens of all sequences of a batch are more than one step apart somewhere."""
-    return x.dim() == 4 and min(x.shape[:2]) > 1 and x.stride(0) != x.shape[1] * x.stride(1)
 
 
 def folds(x: Tensor, padded: int) -> bool:
@@ -63,9 +49,11 @@ def tensor_map(x: Tensor, rows: int, padded: int, folded: bool) -> TensorDescrip
     return TensorDescriptor(x, shape, strides, block, _shared(tuple(block), x.dtype))
 
 
-def page_map(x: Tensor, rows: int) -> TensorDescriptor:
-    """The same for rows of a (page, token, head, dim) pool without gaps, 64 columns at a time."""
-    return ragged_map(x, rows, 64)
+def slot_map(x: Tensor, rows: int, padded: int, steps: Steps) -> TensorDescriptor:
+    """A ragged map of a (batch, token, head, dim) tensor of any strides, a cache or a pool of
+    pages: the coordinate of a head counts units, and that of a row is in its sequence or page."""
+    per_token = x.stride(1) if x.shape[1] > 1 else ALIGNED
+    return _ragged(x, rows, padded, steps.count(x), steps.unit(x), per_token)
 
 
 def ragged_map(x: Tensor, rows: int, padded: int) -> TensorDescriptor:
@@ -77,11 +65,31 @@ def ragged_map(x: Tensor, rows: int, padded: int) -> TensorDescriptor:
     )
     if x.shape[-3] == 1:
         per_token = batch  # one token a sequence: from one to the next
+    return _ragged(x, rows, padded, x.shape[-2], per_head, per_token)
+
+
+def _ragged(
+    x: Tensor, rows: int, padded: int, heads: int, per_head: int, per_token: int
+) -> TensorDescriptor:
     # Where a head is as wide as the tile nothing is left to clip.
     columns = x.shape[-2] * padded if folds(x, padded) else x.shape[-1]
-    shape = [x.shape[-2], MOST, MOST, END, columns]
+    shape = [heads, MOST, MOST, END, columns]
     strides = [per_head, 2**34 - per_token, per_token, per_token, 1]
     block = [1, 1, 1, rows, padded]
+    return TensorDescriptor(x, shape, strides, block, _shared(tuple(block), x.dtype))
+
+
+def packed_map(x: Tensor, kv_heads: int, pack: int, rows: int, padded: int) -> TensorDescriptor:
+    """A TMA descriptor of rows of a (batch, token, head, dim) tensor that are heads of one KV
+    head, `pack` of each token: those that the group does not have read as 0 and are not written."""
+    batch, tokens, heads, dim = x.shape
+    per_batch, per_token, per_head, _ = (
+        padded if size == 1 else stride for size, stride in zip(x.shape, x.stride(), strict=True)
+    )
+    group = heads // kv_heads
+    shape = [batch, kv_heads, tokens, group, dim]
+    strides = [per_batch, group * per_head, per_token, per_head, 1]
+    block = [1, 1, rows // pack, pack, padded]
     return TensorDescriptor(x, shape, strides, block, _shared(tuple(block), x.dtype))
 
 

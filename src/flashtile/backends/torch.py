@@ -22,11 +22,15 @@ from flashtile.mods import (
     Bias,
     Documents,
     Dropout,
+    Function,
     Mask,
+    MaskByFunction,
     MaskTensor,
     ScoreMod,
     Softcap,
     Tile,
+    Tree,
+    functions,
 )  # fmt: skip
 from flashtile.mods.scores import alibi
 from flashtile.plan import Plan, TileConfig
@@ -71,9 +75,12 @@ class _Work(NamedTuple):
         """Rows of a q-shaped tensor: (batches * kv_heads, group * rows, head_dim)."""
         return _matrix(self.segment.q_rows(x, row, stop), self.kv_heads, self.dtype)
 
-    def k_block(self, x: Tensor, col: int, end: int) -> Tensor:
+    def k_block(self, x: Tensor, col: int, end: int, scale: Tensor | None = None) -> Tensor:
         """Rows of a k-shaped tensor: (batches * kv_heads, cols, head_dim)."""
-        return _matrix(self.segment.k_rows(x, col, end), self.kv_heads, self.dtype)
+        rows = self.segment.k_rows(x, col, end)
+        if scale is not None:
+            rows = rows.to(self.dtype) * self.segment.scales(scale, x, col, end)
+        return _matrix(rows, self.kv_heads, self.dtype)
 
 
 class _Saved(NamedTuple):
@@ -84,21 +91,23 @@ class _Saved(NamedTuple):
     delta: Tensor  # lse's shape: rowsum(dout * out) - dlse
 
 
-def forward(call: Call, plan: Plan) -> tuple[Tensor, Tensor]:
-    """(out, lse) of a call; rows of no sequence and rows that see no key are 0 and -inf."""
-    if (segment := aten.whole(call)) is not None:
+def forward(call: Call, plan: Plan, out_dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+    """(out, lse) of a call; rows of no sequence and rows that see no key are 0 and -inf. out is in
+    q's dtype, unless another is given."""
+    own = out_dtype in (None, call.operands.q.dtype)
+    if own and (segment := aten.whole(call)) is not None:
         out, lse = aten.attend(call, segment)
         return out.contiguous(), lse.contiguous()
     q, v = call.operands.q, call.operands.v
     dtype = _accumulator(q.dtype)
-    out = q.new_empty((*q.shape[:-1], v.shape[-1]))
+    out = q.new_empty((*q.shape[:-1], v.shape[-1]), dtype=out_dtype)
     lse = q.new_empty(call.lse_shape, dtype=dtype)
     if call.varlen:  # rows of no sequence are not visited below
         out.zero_()
         lse.fill_(-math.inf)
     pieces = _compose(call, dtype)
     for segment in segments(call, plan.tile.batches):
-        if aten.can(call, segment):
+        if own and aten.can(call, segment):
             o, row_lse = aten.attend(call, segment)
             segment.q_rows(out, 0, segment.seqlen_q).copy_(o)
             segment.lse_rows(lse, 0, segment.seqlen_q).copy_(row_lse)
@@ -183,8 +192,15 @@ def _compose(call: Call, dtype: torch.dtype, bias_grad: Tensor | None = None) ->
         scores.append(alibi(operands.alibi_slopes, operands.q.shape[-2], dtype))
     if operands.bias is not None:
         scores.append(Bias(operands.bias, bias_grad))
+    if (score_mod := functions.score_function(call)) is not None:
+        scores.append(Function(functions.eager_of("score_mod", score_mod), score_mod.args))
+    if (mask_mod := functions.mask_function(call)) is not None:
+        eager = functions.eager_of("mask_mod", mask_mod)
+        masks.append(MaskByFunction(eager, mask_mod.args, operands.q.shape[-2]))
     if operands.document_ids_q is not None and operands.document_ids_k is not None:
         masks.append(Documents(operands.document_ids_q, operands.document_ids_k))
+    if operands.tree_mask is not None:
+        masks.append(Tree(operands.tree_mask))
     if operands.attn_mask is not None:
         if operands.attn_mask.dtype == torch.bool:
             masks.append(MaskTensor(operands.attn_mask))
@@ -224,14 +240,16 @@ def _skips(unseen: Tensor | None) -> bool:
 
 
 def _scores(
-    q: Tensor, k: Tensor, tile: Tile, pieces: _Pieces, unseen: Tensor | None
+    q: Tensor, k: Tensor, tile: Tile, pieces: _Pieces, unseen: Tensor | None, derive: bool = False
 ) -> tuple[Tensor, list[Tensor | None]]:
     """Scores after mods and masks (batches, heads, rows, cols), and each mod's derivative."""
     s = torch.bmm(q, k.mT).view(tile.batches, -1, tile.rows, tile.cols)
     derivatives: list[Tensor | None] = []
     for mod in pieces.scores:
+        before = s.clone() if derive and isinstance(mod, Function) else s
         mod.apply(s, tile)
-        derivatives.append(mod.derivative(s))
+        if derive:
+            derivatives.append(mod.derivative(before, s, tile))
     if unseen is not None:
         _hide(s, unseen)
     return s, derivatives
@@ -257,6 +275,7 @@ def _forward_rows(work: _Work, row: int, out: Tensor, lse: Tensor) -> None:
     """One block of query rows: fold the key blocks it sees into the softmax state, then write."""
     call, pieces, tiles, dtype, segment = work
     q, k, v, sink = *call.operands[:3], call.operands.learnable_sink
+    k_scale, v_scale = call.operands.k_descale, call.operands.v_descale
     stop = min(row + tiles.block_q, segment.seqlen_q)
     heads, rows = q.shape[-2], stop - row
     q_block = work.q_block(q, row, stop).mul(call.variant.softmax_scale)
@@ -276,7 +295,7 @@ def _forward_rows(work: _Work, row: int, out: Tensor, lse: Tensor) -> None:
         unseen = _unseen(tile, pieces, q_block)
         if _skips(unseen):
             continue
-        s, _ = _scores(q_block, work.k_block(k, col, end), tile, pieces, unseen)
+        s, _ = _scores(q_block, work.k_block(k, col, end, k_scale), tile, pieces, unseen)
         m_new = torch.maximum(m, s.amax(-1, keepdim=True))
         p = _exp(s.sub_(m_new))
         alpha = torch.exp(m - m_new)
@@ -285,7 +304,7 @@ def _forward_rows(work: _Work, row: int, out: Tensor, lse: Tensor) -> None:
         if pieces.dropout is not None:
             p.mul_(pieces.dropout.factor(tile, p))
         acc.mul_(alpha.view(*acc.shape[:2], 1))
-        acc.baddbmm_(p.view(*acc.shape[:2], -1), work.k_block(v, col, end))
+        acc.baddbmm_(p.view(*acc.shape[:2], -1), work.k_block(v, col, end, v_scale))
     acc.div_(torch.where(l == 0, 1.0, l).view(*acc.shape[:2], 1))
     segment.q_rows(out, row, stop).copy_(_rows(acc, segment.batches, heads))
     segment.lse_rows(lse, row, stop).copy_((m + torch.log(l)).squeeze(-1))
@@ -307,7 +326,7 @@ def _backward_columns(work: _Work, col: int, saved: _Saved, grads: Gradients) ->
             continue
         q_block = work.q_block(q, row, stop).mul(call.variant.softmax_scale)
         do_block = work.q_block(saved.dout, row, stop)
-        s, derivatives = _scores(q_block, k_block, tile, pieces, unseen)
+        s, derivatives = _scores(q_block, k_block, tile, pieces, unseen, derive=True)
         row_lse = segment.lse_rows(saved.lse, row, stop).unsqueeze(-1)
         p = _exp(s.sub_(torch.where(row_lse == -math.inf, math.inf, row_lse)))
         dp = torch.bmm(do_block, v_block.mT).view_as(p)

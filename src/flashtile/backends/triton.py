@@ -30,10 +30,11 @@ from flashtile.tiles import KernelConfig, KernelConfigs
 PREPARE_ROWS = 64
 
 
-def forward(call: Call, plan: Plan) -> tuple[Tensor, Tensor]:
-    """(out, lse) of a call; rows of no sequence and rows that see no key are 0 and -inf."""
+def forward(call: Call, plan: Plan, out_dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+    """(out, lse) of a call; rows of no sequence and rows that see no key are 0 and -inf. out is in
+    q's dtype, unless another is given."""
     q, v = call.operands.q, call.operands.v
-    out = empty((*q.shape[:-1], v.shape[-1]), q)
+    out = empty((*q.shape[:-1], v.shape[-1]), q, out_dtype)
     lse = empty(call.lse_shape, q, torch.float32)
     run(forward_launch(call, plan, out, lse))
     return out, lse
@@ -201,10 +202,11 @@ def _bias_gradient(
     grid = -(-columns // config.block_k) * -(-rows // config.block_q) * heads * batches
     a = operands.arguments(call)
     shape = bias_kernels.BiasShape(*map(operands.opaque, (*bias.shape, walk)))
+    variant = operands.variant(call, plan.nvidia)
+    variant = variant._replace(score_mods=operands.after_bias(variant.score_mods))
     run(Launch(
         bias_kernels.attention_backward_dbias, grid,
-        (a.q, a.k, a.v, grad, shape, saved, a.q_seq, a.k_seq,
-         operands.variant(call, plan.nvidia), a.scale, a.heads,
+        (a.q, a.k, a.v, grad, shape, saved, a.q_seq, a.k_seq, variant, a.scale, a.heads,
          operands.tile(call, config, _precision())),
         config.num_warps, config.num_stages,
     ))  # fmt: skip

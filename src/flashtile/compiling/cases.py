@@ -11,11 +11,17 @@ from torch import Tensor
 from flashtile.api import normalise
 from flashtile.problem import Call
 
-BATCH, TOKENS, HEADS, KV_HEADS, PAGE = 2, 1024, 8, 2, 256
+BATCH, TOKENS, HEADS, KV_HEADS, PAGE, SMALL_PAGE = 32, 1024, 8, 2, 256, 16
 """Sizes of the calls. Kernels are compiled for types and for divisibility by 16, not for sizes."""
 
 LONG = 8192
 """From here on a causal call of head_dim 64 has another tile on Hopper."""
+
+SHORT = 512
+"""Up to here a causal call has another tile in the Hopper backward."""
+
+FEW = 40
+"""So few that query heads of a KV head share a tile on Hopper."""
 
 
 class Case(NamedTuple):
@@ -69,9 +75,36 @@ def _varlen() -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _packed() -> dict[str, Any]:
+    """Packed sequences alone, which the Hopper backward does."""
+    keywords = _varlen()
+    del keywords["dropout_p"]
+    return keywords
+
+
 def _paged() -> dict[str, Any]:
     table = _meta(BATCH, TOKENS // PAGE, dtype=torch.int32)
     return {"causal": True, "block_table": table, "seqused_k": _meta(BATCH, dtype=torch.int32)}
+
+
+def _decode() -> dict[str, Any]:
+    return {"seqused_k": _meta(BATCH, dtype=torch.int32)}
+
+
+def _decode_pages() -> dict[str, Any]:
+    """Ragged queries over small pages, and all that happens to scores without a matrix."""
+    table = _meta(BATCH, TOKENS // SMALL_PAGE, dtype=torch.int32)
+    cu_seqlens = _meta(BATCH + 1, dtype=torch.int32)
+    return {
+        **_scores(), **_decode(), "learnable_sink": _meta(HEADS), "block_table": table,
+        "cu_seqlens_q": cu_seqlens, "max_seqlen_q": QUERIES["decode-pages"],
+    }  # fmt: skip
+
+
+def _decode_e4m3() -> dict[str, Any]:
+    """Scales of keys by head, of values by token."""
+    scales = {"k_descale": _meta(KV_HEADS), "v_descale": _meta(BATCH, TOKENS, KV_HEADS)}
+    return {**_decode(), **scales, "split_size": 256}
 
 
 VARIANTS: dict[str, Callable[[], dict[str, Any]]] = {
@@ -83,8 +116,17 @@ VARIANTS: dict[str, Callable[[], dict[str, Any]]] = {
     "documents": _documents,
     "bias": _bias,
     "varlen": _varlen,
+    "packed": _packed,
     "paged": _paged,
+    "decode": _decode,
+    "decode-latent": _decode,
+    "decode-tall": lambda: {"causal": True, **_decode()},
+    "decode-pages": _decode_pages,
+    "decode-e4m3": _decode_e4m3,
 }
+
+QUERIES = {"decode": 1, "decode-latent": 1, "decode-tall": 16, "decode-pages": 4, "decode-e4m3": 1}
+"""Queries of a sequence of the variants that do not have TOKENS."""
 
 DIMS = ((64, 64), (128, 128), (256, 256), (512, 512))
 """One head dim for each column of the tile tables in `tiles`."""
@@ -99,6 +141,8 @@ FEATURES = ("documents", "bias", "varlen")
 """Variants that change forward and backward and have all features but the cache's between them:
 each alone took 220 of 480 CPU seconds."""
 
+HOPPER_BACKWARD = ("prepare_backward", "attention_backward", "finish_query_gradient")
+
 COMMON_DIMS = ((64, 64), (96, 96), (128, 128), (256, 256))
 """Head dims that a cache is warmed for in both 16-bit dtypes."""
 
@@ -112,8 +156,18 @@ def every_case() -> list[Case]:
     # Backward gathers pages first; without masks, and in fp16, the mainloops are causal bf16's.
     forward = ("attention_forward",)
     cases.append(Case("paged", "bfloat16", 128, 128, forward))
-    cases.append(Case("full", "float16", 128, 128, forward))
+    cases.append(Case("packed", "bfloat16", 128, 128, HOPPER_BACKWARD))
+    cases.append(Case("full", "float16", 128, 128, ("attention_forward", *HOPPER_BACKWARD)))
+    cases.append(Case("full", "bfloat16", 64, 64, HOPPER_BACKWARD))
+    cases += [Case("causal", "bfloat16", dim, dim, HOPPER_BACKWARD, tokens=SHORT)
+              for dim in (64, 128)]  # fmt: skip
     cases.append(Case("causal", "bfloat16", 64, 64, forward, tokens=LONG))
+    cases.append(Case("causal", "bfloat16", 128, 128, forward, tokens=FEW))
+    decode = ("attention_decode",)
+    cases.append(Case("decode", "bfloat16", 128, 128))
+    cases += [Case(f"decode-{name}", "bfloat16", 128, 128, decode)
+              for name in ("tall", "pages", "e4m3")]  # fmt: skip
+    cases.append(Case("decode-latent", "bfloat16", 576, 512, decode))
     # A bias launches every kernel, with the tiles that causality alone does not choose.
     kinds = ("bias", "scores", "dropout", "masked dropout", "causal")
     cases += [
@@ -128,6 +182,9 @@ def device_cases() -> list[Case]:
     return every_case() + [
         Case(name, dtype, *dims) for dtype in ("bfloat16", "float16") for dims in COMMON_DIMS
         for name in ("causal", "full")
+    ] + [
+        Case("causal", dtype, *dims, HOPPER_BACKWARD, tokens=SHORT)
+        for dtype in ("bfloat16", "float16") for dims in COMMON_DIMS if dims[0] <= 128
     ]  # fmt: skip
 
 
@@ -135,13 +192,18 @@ def build(case: Case) -> Call:
     """The call, on tensors that have shapes and no memory."""
     dtype = getattr(torch, case.dtype)
     keywords = VARIANTS[case.variant]()
-    tokens_q: tuple[int, ...] = (BATCH, case.tokens)
-    tokens_k: tuple[int, ...] = tokens_q
+    queries = QUERIES.get(case.variant, case.tokens)
+    tokens_q: tuple[int, ...] = (BATCH, queries)
+    tokens_k: tuple[int, ...] = (BATCH, case.tokens)
     if "cu_seqlens_q" in keywords:
-        tokens_q = tokens_k = (BATCH * TOKENS,)
+        tokens_q, tokens_k = (BATCH * queries,), (BATCH * case.tokens,)
     if "block_table" in keywords:
-        tokens_k = (BATCH * TOKENS // PAGE, PAGE)
+        page = TOKENS // keywords["block_table"].shape[1]
+        tokens_k = (BATCH * TOKENS // page, page)
+    stored = torch.float8_e4m3fn if "k_descale" in keywords else dtype
     q = _meta(*tokens_q, HEADS, case.head_dim, dtype=dtype)
-    k = _meta(*tokens_k, KV_HEADS, case.head_dim, dtype=dtype)
-    v = _meta(*tokens_k, KV_HEADS, case.head_dim_v, dtype=dtype)
+    k = _meta(*tokens_k, KV_HEADS, case.head_dim, dtype=stored)
+    v = _meta(*tokens_k, KV_HEADS, case.head_dim_v, dtype=stored)
+    if case.variant == "decode-latent":
+        v = k[..., : case.head_dim_v]
     return normalise(q, k, v, **keywords)

@@ -13,13 +13,14 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from flashtile.backends import blocklists, replays
+from flashtile.backends import append, blocklists, replays
 from flashtile.backends import launch as launching
+from flashtile.backends.cache import NewTokens
 from flashtile.backends.launch import Launch
 from flashtile.compiling.cases import Case, build
 from flashtile.kernels.config import Tile
 from flashtile.plan import Device, plan
-from flashtile.problem import describe
+from flashtile.problem import Call, describe
 
 
 def launches(case: Case, arch: str) -> list[Launch]:
@@ -28,6 +29,13 @@ def launches(case: Case, arch: str) -> list[Launch]:
     the plan has a better one: with one feature more a call of the same tile gets it."""
     call = build(case)
     chosen = plan(replace(describe(call), device="cuda"), Device("cuda", arch, True))
+    if chosen.decode is not None:
+        decode = importlib.import_module("flashtile.backends.decode")
+        with _recorded() as found:
+            decode.forward(call, chosen)
+            if call.sequences.block_table is not None or call.quantized:
+                append.append(call, _new_tokens(call))
+        return found
     if chosen.kernels is None:
         return []
     names = dict.fromkeys(("triton", chosen.backend))
@@ -40,6 +48,14 @@ def launches(case: Case, arch: str) -> list[Launch]:
             out, lse = backend.forward(call, chosen)
         backend.backward(call, chosen, torch.empty_like(out), None, out, lse, (True,) * 5)
     return found
+
+
+def _new_tokens(call: Call) -> NewTokens:
+    """As many as there are queries, to be turned."""
+    q, k, v = call.operands[:3]
+    k_new, v_new = (q.new_empty((*q.shape[:-2], *x.shape[-2:])) for x in (k, v))
+    angles = q.new_empty((call.seqlen_k, q.shape[-1] // 2))
+    return NewTokens(k_new, v_new, call.sequences.cu_seqlens_q, angles, angles)
 
 
 @contextmanager

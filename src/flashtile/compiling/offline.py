@@ -62,9 +62,7 @@ def compile_launch(launch: Launch, arch: str) -> tuple[Any, str]:
     log = io.StringIO()
     driver.set_active(OfflineDriver(arch))
     with contextlib.redirect_stdout(log):
-        kernel = launch.kernel.warmup(
-            *launch.arguments, grid=(1,), num_warps=launch.num_warps, num_stages=launch.num_stages
-        )
+        kernel = launch.kernel.warmup(*launch.arguments, grid=(1,), **launch.options)
     return kernel, log.getvalue()
 
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from flashtile.kernels.dropout import drop, words_keys_by_queries, words_queries_by_keys
+from flashtile.kernels.dropout import kept_keys_by_queries, kept_queries_by_keys
 from flashtile.kernels.masks import At, key_range, query_range, visible
 from flashtile.kernels.numbers import number
 from flashtile.kernels.schedule import (
@@ -51,16 +51,15 @@ class QueryTile(NamedTuple):
 
 
 class KeyGradients(NamedTuple):
-    k: Any  # (BLOCK_N, PADDED) of dK / softmax_scale
-    v: Any  # (BLOCK_N, PADDED_V)
+    k: Any  # (BLOCK_N, PADDED) of dK / (softmax_scale * rescale)
+    v: Any  # (BLOCK_N, PADDED_V) of dV / rescale
 
 
 class Block(NamedTuple):
     """The probabilities of one block, and what its gradient needs besides."""
 
     p: Any
-    kept: Any  # p where dropout keeps it, 0 elsewhere, not rescaled
-    words: Any  # dropout's numbers, or p
+    kept: Any  # 1 where dropout keeps, 0 elsewhere; 1.0 without dropout
     slope: Any  # derivative of the score mods
 
 
@@ -72,22 +71,29 @@ def recompute(s, lse2, at, variant, scale, FULL: tl.constexpr,
     p = tl.math.exp2(s * scale.log2 - lse2)
     if not FULL:
         p = tl.where(visible(variant.masks, at), p, 0.0)
-    kept, words = p, p
+    kept = 1.0
     if len(variant.dropouts) > 0:
         if KEYS_ARE_ROWS:
-            words = words_keys_by_queries(variant.dropouts[0], at, TILE.block_m, TILE.block_n)
+            kept = kept_keys_by_queries(variant.dropouts[0], at, TILE.block_m, TILE.block_n)
         else:
-            words = words_queries_by_keys(variant.dropouts[0], at, TILE.block_m, TILE.block_n)
-        kept = drop(variant.dropouts[0], p, words)
-    return Block(p, kept, words, slope)
+            kept = kept_queries_by_keys(variant.dropouts[0], at, TILE.block_m, TILE.block_n)
+    return Block(p, kept, slope)
 
 
 @triton.jit
 def score_gradient(block, dp, delta, variant):
-    """ds of the mapped scores; delta broadcasts to the block."""
+    """ds of the mapped scores, without the factor `rescale`, which their sums get; delta broadcasts
+    to the block."""
+    return block.p * (block.kept * dp - delta * (1.0 / rescale(variant)))
+
+
+@triton.jit
+def rescale(variant):
+    """What makes up for what dropout drops."""
     if len(variant.dropouts) > 0:
-        dp = drop(variant.dropouts[0], dp, block.words) * variant.dropouts[0].rescale
-    return block.p * (dp - delta)
+        return variant.dropouts[0].rescale
+    else:
+        return 1.0
 
 
 @triton.jit
@@ -105,7 +111,7 @@ def load_query_tile(q, saved, q_seq, span, head, first, TILE: tl.constexpr):
 @triton.jit
 def query_gradient(dq, rows, k, v, k_seq, at, schedule, variant, scale,
                    kv_head, PART: tl.constexpr, TILE: tl.constexpr):  # fmt: skip
-    """Add one part of a schedule's key blocks to dQ / softmax_scale."""
+    """Add one part of a schedule's key blocks to dQ / (softmax_scale * rescale)."""
     FULL: tl.constexpr = PART != PARTIAL
     BLOCK_N: tl.constexpr = TILE.block_n
     k_base, v_base = tokens(k, k_seq, at.k, kv_head), tokens(v, k_seq, at.k, kv_head)
@@ -148,14 +154,15 @@ def attention_backward_dq(q, k, v, dq, saved, q_seq, k_seq, variant, scale, head
     if variant.blocks is not None:
         acc = query_gradient(acc, own, k, v, k_seq, at, schedule, variant, scale, kv_head,
                              SCATTERED, TILE)  # fmt: skip
-    store_tile(dq, acc * scale.natural, tokens(dq, q_seq, q_span, head), q_seq, q_span, first,
-               BLOCK_M, TILE.dim, TILE.padded)  # fmt: skip
+    acc *= scale.natural * rescale(variant)
+    store_tile(dq, acc, tokens(dq, q_seq, q_span, head), q_seq, q_span, first, BLOCK_M, TILE.dim,
+               TILE.padded)  # fmt: skip
 
 
 @triton.jit
 def key_gradient(grads, k, v, q, saved, q_seq, at, schedule, variant, scale,
                  PART: tl.constexpr, TILE: tl.constexpr):  # fmt: skip
-    """Add one part of a schedule's query blocks to dK / softmax_scale and dV."""
+    """Add one part of a schedule's query blocks to the gradients."""
     FULL: tl.constexpr = PART != PARTIAL
     BLOCK_M: tl.constexpr = TILE.block_m
     q_base = tokens(q, q_seq, at.q, at.head)
@@ -173,7 +180,8 @@ def key_gradient(grads, k, v, q, saved, q_seq, at, schedule, variant, scale,
         block = recompute(s, lse2[None, :], here, variant, scale, FULL, True,
                           TILE)  # fmt: skip
         # Before dS, so that the tensor cores are busy while it is computed.
-        dv = tl.dot(block.kept.to(do.dtype), do, grads.v, input_precision=TILE.precision)
+        p = (block.p * block.kept).to(do.dtype)
+        dv = tl.dot(p, do, grads.v, input_precision=TILE.precision)
         ds = score_gradient(block, dp, delta[None, :], variant) * block.slope
         dk = tl.dot(ds.to(queries.dtype), queries, grads.k, input_precision=TILE.precision)
         grads = KeyGradients(dk, dv)
@@ -214,12 +222,9 @@ def attention_backward_dkdv(q, k, v, dk, dv, saved, q_seq, k_seq, variant, scale
         if variant.blocks is not None:
             grads = key_gradient(grads, k_tile, v_tile, q, saved, q_seq, at, schedule, variant,
                                  scale, SCATTERED, TILE)  # fmt: skip
-    rescale = 1.0
-    if len(variant.dropouts) > 0:
-        rescale = variant.dropouts[0].rescale
     used = (columns < k_span.length)[:, None]
-    grad_k, grad_v = (tl.where(used, grads.k * scale.natural, 0.0),
-                      tl.where(used, grads.v * rescale, 0.0))  # fmt: skip
+    grad_k, grad_v = (tl.where(used, grads.k * (scale.natural * rescale(variant)), 0.0),
+                      tl.where(used, grads.v * rescale(variant), 0.0))  # fmt: skip
     store_tile(dk, grad_k, tokens(dk, k_seq, k_span, kv_head), k_seq, k_span, first, BLOCK_N,
                TILE.dim, TILE.padded)  # fmt: skip
     store_tile(dv, grad_v, tokens(dv, k_seq, k_span, kv_head), k_seq, k_span, first, BLOCK_N,

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from flashtile.kernels.backward import load_query_tile, recompute, score_gradient
+from flashtile.kernels.backward import load_query_tile, recompute, rescale, score_gradient
 from flashtile.kernels.masks import At, key_range
 from flashtile.kernels.numbers import number
 from flashtile.kernels.views import load_tile, open_sequence, tokens
@@ -40,7 +40,8 @@ class Inputs(NamedTuple):
 @triton.jit
 def score_tile_gradient(ds, x, variant, scale, heads, batch, head, first_q, first_k,
                         TILE: tl.constexpr):  # fmt: skip
-    """Add one head's dS of a tile (queries by keys) to `ds`."""
+    """Add one head's dS of a tile (queries by keys) to `ds`. Slopes are those of the mods that come
+    after the bias."""
     BLOCK_M: tl.constexpr = TILE.block_m
     BLOCK_N: tl.constexpr = TILE.block_n
     q_span, k_span = open_sequence(x.q_seq, batch), open_sequence(x.k_seq, batch)
@@ -58,7 +59,7 @@ def score_tile_gradient(ds, x, variant, scale, heads, batch, head, first_q, firs
         s = tl.dot(own.q, keys.T, input_precision=TILE.precision)
         dp = tl.dot(own.do, values.T, input_precision=TILE.precision)
         block = recompute(s, own.lse2[:, None], at, variant, scale, False, False, TILE)
-        ds += score_gradient(block, dp, own.delta[:, None], variant)
+        ds += score_gradient(block, dp, own.delta[:, None], variant) * block.slope
     return ds
 
 
@@ -84,6 +85,7 @@ def attention_backward_dbias(q, k, v, dbias, shape, saved, q_seq, k_seq, variant
             for i in range(walk):
                 ds = score_tile_gradient(ds, inputs, variant, scale, heads, batch, head,
                                          first_q + i * BLOCK_M, first_k, TILE)  # fmt: skip
+    ds *= rescale(variant)
     q_idx, k_idx = first_q + tl.arange(0, BLOCK_M), first_k + tl.arange(0, BLOCK_N)
     plane = (tl.cast(bias_batch, tl.int64) * number(shape.heads) + bias_head) * rows
     pointers = dbias + (plane + q_idx[:, None]) * columns + k_idx[None, :]

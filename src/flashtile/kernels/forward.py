@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from flashtile.kernels.dropout import drop, words_queries_by_keys
+from flashtile.kernels.dropout import drop_queries_by_keys
 from flashtile.kernels.masks import At, key_range, visible
 from flashtile.kernels.numbers import LN2, LOG2E, number
 from flashtile.kernels.schedule import (
@@ -24,6 +24,7 @@ from flashtile.kernels.schedule import (
 )
 from flashtile.kernels.scores import apply_score_mods
 from flashtile.kernels.views import (
+    load_scales,
     load_tile,
     open_sequence,
     open_tile,
@@ -31,6 +32,10 @@ from flashtile.kernels.views import (
     store_tile,
     tokens,
 )
+
+V_SCALE_UNIT = tl.constexpr(256.0)
+"""What V's scales are multiplied by where probabilities take them along, and the result is divided
+by: largest values from 1e-3 to 65,504 neither leave fp16's range nor its full precision."""
 
 
 class Variant(NamedTuple):
@@ -40,6 +45,8 @@ class Variant(NamedTuple):
     masks: Any = ()
     dropouts: Any = ()  # none or one
     blocks: Any = None  # BlockList of the masks, or None
+    k_scale: Any = None  # ScaleView of an e4m3 K, or None
+    v_scale: Any = None
 
 
 class Scale(NamedTuple):
@@ -71,17 +78,19 @@ def start_softmax(sink, head, BLOCK_M: tl.constexpr, PADDED_V: tl.constexpr):
 
 
 @triton.jit
-def softmax_step(state, s, unit, v, at, dropouts, TILE: tl.constexpr):
-    """Fold one block of scores and values into the state."""
+def softmax_step(state, s, unit, v, at, dropouts, TILE: tl.constexpr, v_scales=None):
+    """Fold one block of scores and values into the state. v_scales: (BLOCK_N,), or None."""
     m = tl.maximum(state.m, tl.max(s, 1) * unit)
     anchor = tl.where(m == -float("inf"), 0.0, m)
     p = tl.math.exp2(s * unit - anchor[:, None])
     alpha = tl.math.exp2(state.m - anchor)
     l = state.l * alpha + tl.sum(p, 1)
+    if v_scales is not None:
+        p *= v_scales[None, :] * V_SCALE_UNIT
+    p = p.to(v.dtype)
     if len(dropouts) > 0:
-        words = words_queries_by_keys(dropouts[0], at, TILE.block_m, TILE.block_n)
-        p = drop(dropouts[0], p, words)
-    acc = tl.dot(p.to(v.dtype), v, state.acc * alpha[:, None], input_precision=TILE.precision)
+        p = drop_queries_by_keys(dropouts[0], p, at, TILE.block_m, TILE.block_n)
+    acc = tl.dot(p, v, state.acc * alpha[:, None], input_precision=TILE.precision)
     return Softmax(m, l, acc)
 
 
@@ -96,12 +105,18 @@ def attend(state, q, k, v, k_seq, at, schedule, variant, scale, kv_head,
         first = block_start(variant.blocks, schedule, i, PART, BLOCK_N)
         here = At(at.batch, at.head, at.first_q, first, at.q_idx, first + at.k_idx, at.q, at.k)
         keys = load_tile(k, k_base, k_seq, at.k, first, FULL, BLOCK_N, TILE.dim, TILE.padded)
-        s = tl.dot(q, keys.T, input_precision=TILE.precision)
+        s = tl.dot(q, keys.to(q.dtype).T, input_precision=TILE.precision)
+        if variant.k_scale is not None:
+            s *= load_scales(variant.k_scale, k_seq, at.k, kv_head, first, BLOCK_N)[None, :]
         s = apply_score_mods(variant.score_mods, s, here)
         if not FULL:
             s = tl.where(visible(variant.masks, here), s, -float("inf"))
         values = load_tile(v, v_base, k_seq, at.k, first, FULL, BLOCK_N, TILE.dim_v, TILE.padded_v)
-        state = softmax_step(state, s, scale.log2, values, here, variant.dropouts, TILE)
+        v_scales = None
+        if variant.v_scale is not None:
+            v_scales = load_scales(variant.v_scale, k_seq, at.k, kv_head, first, BLOCK_N)
+        state = softmax_step(state, s, scale.log2, values.to(q.dtype), here, variant.dropouts,
+                             TILE, v_scales)  # fmt: skip
     return state
 
 
@@ -134,6 +149,8 @@ def attention_forward(q, k, v, out, lse, q_seq, k_seq, variant, sink, scale, hea
     factor = tl.where(empty, 0.0, 1.0 / tl.where(empty, 1.0, state.l))
     if len(variant.dropouts) > 0:
         factor *= variant.dropouts[0].rescale
+    if variant.v_scale is not None:
+        factor *= 1.0 / V_SCALE_UNIT
     row_lse = tl.where(empty, -float("inf"), (state.m + tl.math.log2(state.l)) * LN2)
     store_tile(out, state.acc * factor[:, None], tokens(out, q_seq, q_span, head), q_seq, q_span,
                first, BLOCK_M, TILE.dim_v, TILE.padded_v)  # fmt: skip

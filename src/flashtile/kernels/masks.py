@@ -93,6 +93,38 @@ def not_earlier_queries(first, last, q, k, args):
     return Range(0, 0, first - left + 1, last - left + 1)
 
 
+class TreeView(NamedTuple):
+    """A (1 | batch, n, n) bool operand as uint8; stride_batch is 0 where it is shared."""
+
+    ptr: Any
+    edge: Any  # opaque, n
+    stride_batch: Any  # opaque
+    stride_q: Any  # opaque
+    stride_k: Any  # opaque
+
+
+@triton.jit
+def in_tree(at, args):
+    """Of the last n keys, one for each query, those that the tree shows; all keys before them, and
+    all that lies beyond its edge."""
+    tree = args[0]
+    k_idx = at.k_idx - (at.k.length - at.q.length)
+    named = (k_idx >= 0) & (k_idx < number(tree.edge)) & (at.q_idx < number(tree.edge))
+    offsets = at.q_idx * number(tree.stride_q) + k_idx * number(tree.stride_k)
+    base = tree.ptr + tl.cast(at.batch, tl.int64) * number(tree.stride_batch)
+    return tl.load(base + offsets, mask=named, other=1) != 0
+
+
+@triton.jit
+def in_tree_keys(first, last, q, k, args):
+    return Range(0, 0, k.length - q.length, 2147483647)
+
+
+@triton.jit
+def in_tree_queries(first, last, q, k, args):
+    return Range(0, 0, tl.where(last < k.length - q.length, 2147483647, 0), 2147483647)
+
+
 class MatrixView(NamedTuple):
     """A (1 | batch, 1 | heads, 1 | seqlen_q, seqlen_k) operand; strides of broadcast dims are 0."""
 

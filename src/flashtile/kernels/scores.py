@@ -1,6 +1,6 @@
 """Score mods: what is done to a tile of scores before masking, beside its derivative.
 
-`fn(s, at, args)` maps fp32 scores; `slope(s, args)` is the derivative, from the mapped scores.
+`fn(s, at, args)` maps fp32 scores; `slope(before, after, at, args)` is the derivative.
 Scores are counted in a unit of the call's own, which the exponential's FMA turns into log2 units
 for nothing: softmax_scale, so that products need no multiplication, or the cap, so that a tanh
 needs none. What is added to them is divided by that unit on the way.
@@ -18,7 +18,7 @@ from flashtile.kernels.numbers import LOG2E, number
 
 
 @triton.jit
-def slope_one(s, args):
+def slope_one(before, after, at, args):
     return 1.0
 
 
@@ -58,8 +58,8 @@ def softcap_approximate(s, at, args):
 
 
 @triton.jit
-def softcap_slope(s, args):
-    return 1.0 - s * s
+def softcap_slope(before, after, at, args):
+    return 1.0 - after * after
 
 
 @triton.jit
@@ -89,6 +89,7 @@ def apply_with_slope(mods, s, at):
     """The scores and the product of the mods' derivatives."""
     slope = 1.0
     for i in tl.static_range(len(mods)):
-        s = mods[i].fn(s, at, mods[i].args)
-        slope = slope * mods[i].slope(s, mods[i].args)
+        before = s
+        s = mods[i].fn(before, at, mods[i].args)
+        slope = slope * mods[i].slope(before, s, at, mods[i].args)
     return s, slope

@@ -44,6 +44,18 @@ class Sequences(NamedTuple):
     table: Any = None  # (batch, max_pages)
     table_stride: Any = None
     page_size: Any = None  # opaque
+    pages: Any = None  # opaque, of the pool, or rows of the cache: where batch_row or table points
+    steps: Any = None  # (of a row or page, of a head), opaque: units that a TMA map counts them in
+
+
+class ScaleView(NamedTuple):
+    """fp32 scales of a quantised k or v; strides opaque, 0 where a scale is shared."""
+
+    ptr: Any
+    stride_batch: Any  # of batch rows
+    stride_row: Any  # of pages, or of the tensor's rows
+    stride_token: Any
+    stride_head: Any
 
 
 class Span(NamedTuple):
@@ -58,6 +70,13 @@ class Span(NamedTuple):
 
 
 @triton.jit
+def inside(row, seq):
+    """A row or page that a table names, or where there is none such, the nearest: a table's values
+    are not checked before a launch, and nothing may be read past a cache's end."""
+    return tl.minimum(tl.maximum(row, 0), number(seq.pages) - 1)
+
+
+@triton.jit
 def open_sequence(seq, batch):
     """Read what there is to know of one sequence. `batch` may be the number of sequences: the
     rows past the last offset of a packed tensor, all of them padding."""
@@ -67,9 +86,9 @@ def open_sequence(seq, batch):
         start = 0
         room = number(seq.length)
         if seq.leftpad is not None:
-            leftpad = tl.load(seq.leftpad + batch)
+            leftpad = tl.maximum(tl.load(seq.leftpad + batch), 0)
         if seq.batch_row is not None:
-            row = tl.load(seq.batch_row + batch).to(tl.int64)
+            row = inside(tl.load(seq.batch_row + batch), seq).to(tl.int64)
         length = room
     else:
         row = row * 0
@@ -148,7 +167,8 @@ def tile_pointers(x, base, seq, span, first, BLOCK: tl.constexpr, PADDED: tl.con
         size = number(seq.page_size)
         idx = first + idx
         table = seq.table + span.batch * seq.table_stride
-        page = tl.load(table + idx // size, mask=idx < span.length, other=0).to(tl.int64)
+        page = tl.load(table + idx // size, mask=idx < span.length, other=0)
+        page = inside(page, seq).to(tl.int64)
         rows = page * x.stride_batch + (idx % size).to(tl.int64) * x.stride_token
         return base + rows[:, None] + dims[None, :]
 
@@ -168,6 +188,23 @@ def load_tile(x, base, seq, span, first, INSIDE: tl.constexpr, BLOCK: tl.constex
         if DIM != PADDED:
             valid = valid & (dims < DIM)[None, :]
         return tl.load(pointers, mask=valid, other=0.0)
+
+
+@triton.jit
+def load_scales(x, seq, span, head, first, BLOCK: tl.constexpr):
+    """(BLOCK,) scales of rows first, first + 1, ... of a sequence, 0 past its end."""
+    idx = first + tl.arange(0, BLOCK)
+    valid = idx < span.length
+    base = x.ptr + span.batch * number(x.stride_batch) + tl.cast(head, tl.int64) * number(
+        x.stride_head)  # fmt: skip
+    if seq.table is None:
+        row, token = span.row, span.start + idx
+    else:
+        size = number(seq.page_size)
+        page = tl.load(seq.table + span.batch * seq.table_stride + idx // size, mask=valid, other=0)
+        row, token = inside(page, seq).to(tl.int64), (idx % size).to(tl.int64)
+    offsets = row * number(x.stride_row) + token * number(x.stride_token)
+    return tl.load(base + offsets, mask=valid, other=0.0)
 
 
 @triton.jit

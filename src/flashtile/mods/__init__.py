@@ -4,9 +4,10 @@ A variant sees one `Tile` of the attention matrix at a time and holds what it ne
 derivative, so that forward and backward cannot drift apart.
 """
 
-from flashtile.mods.masks import Band, Documents, Mask, MaskTensor
+from flashtile.mods.functions import MaskFunction, ScoreFunction
+from flashtile.mods.masks import Band, Documents, Mask, MaskByFunction, MaskTensor, Tree
 from flashtile.mods.probs import Dropout
-from flashtile.mods.scores import Alibi, Bias, ScoreMod, Softcap
+from flashtile.mods.scores import Alibi, Bias, Function, ScoreMod, Softcap
 from flashtile.mods.tile import Tile
 
 __all__ = [
@@ -15,9 +16,14 @@ __all__ = [
     "Bias",
     "Documents",
     "Dropout",
+    "Function",
     "Mask",
+    "MaskByFunction",
+    "MaskFunction",
     "MaskTensor",
+    "ScoreFunction",
     "ScoreMod",
     "Softcap",
     "Tile",
+    "Tree",
 ]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
+from flashtile.mods.functions import place
 from flashtile.mods.tile import Tile
 from flashtile.problem import UNBOUNDED
 
@@ -71,6 +73,24 @@ class Documents(NamedTuple):
         return seen if seen.dim() == 2 else seen[:, None]
 
 
+class Tree(NamedTuple):
+    """Which of the last n keys, one for each query, each of the first n queries sees. Keys before
+    them, and all beyond the mask's edge, are seen."""
+
+    mask: Tensor  # (1 | batch, n, n)
+
+    def visible(self, tile: Tile, like: Tensor) -> Tensor | None:
+        if tile.col + tile.cols <= tile.offset:
+            return None
+        q, k = tile.q_idx(like.device)[:, None], tile.k_idx(like.device) - tile.offset
+        edge = self.mask.shape[-1]
+        named = (q < edge) & (k >= 0) & (k < edge)
+        if edge == 0:
+            return None
+        seen = tile.batches_of(self.mask)[:, q.clamp(max=edge - 1), k.clamp(0, edge - 1)]
+        return (seen | ~named)[:, None]
+
+
 class MaskTensor(NamedTuple):
     """A bool tensor, True where seen."""
 
@@ -78,3 +98,14 @@ class MaskTensor(NamedTuple):
 
     def visible(self, tile: Tile, like: Tensor) -> Tensor | None:
         return tile.part_of(self.mask)
+
+
+class MaskByFunction(NamedTuple):
+    """A user's function (see `mods.functions`)."""
+
+    function: Callable[..., Tensor]
+    args: tuple[Tensor, ...]
+    heads: int
+
+    def visible(self, tile: Tile, like: Tensor) -> Tensor | None:
+        return self.function(place(tile, self.heads, like.device), self.args)

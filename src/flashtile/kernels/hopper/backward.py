@@ -1,8 +1,9 @@
 """The backward kernel for Hopper: a producer warp, two consumer warpgroups, a warp that adds dQ.
 
-A CTA owns a tile of 128 keys of one KV head, 64 for each warpgroup, and walks over the blocks of
-queries that see it, of every query head of the group. dK and dV stay in registers; shares of dQ are
-added in global memory. Everything that is done to scores is the portable kernels' own source.
+A tile is 64 keys of one KV head for each warpgroup or, at head dims above 128, for both. They walk
+over the blocks of queries that see it, of every query head of the group. dK and dV stay in
+registers; shares of dQ are added in global memory. Everything that is done to scores is the
+portable kernels' own source.
 """
 
 from __future__ import annotations
@@ -20,17 +21,40 @@ from flashtile.kernels.hopper.channels import (
     load_rows,
     make_barriers,
     make_tiles,
+    open_window,
     store_rows,
 )
-from flashtile.kernels.hopper.gradients import KeyGradients, Keys, gradient_step
-from flashtile.kernels.hopper.query_gradients import add_shares, open_places
+from flashtile.kernels.hopper.gradients import (
+    Keys,
+    finish_queries,
+    gradient_step,
+    start_keys,
+)
+from flashtile.kernels.hopper.key_tiles import (
+    KeyTile,
+    block_of,
+    find_keys,
+    first_block,
+    following,
+    go_on,
+    make_queue,
+    row_of,
+    start_walk,
+)
+from flashtile.kernels.hopper.query_gradients import add_shares, first_tile, open_places
 from flashtile.kernels.hopper.scheduler import pinned
 from flashtile.kernels.hopper.stages import (
-    CONSUMERS,
-    DS_WRITTEN,
+    EVERYBODY,
+    TILE_DONE,
     Blocks,
     Inputs,
     KeySide,
+)
+from flashtile.kernels.hopper.wide_gradients import (
+    keep_keys,
+    start_columns,
+    store_columns,
+    wide_step,
 )
 from flashtile.kernels.masks import At, query_range
 from flashtile.kernels.views import open_sequence
@@ -44,191 +68,199 @@ class Outputs(NamedTuple):
     dv: Any
 
 
-class KeyWork(NamedTuple):
-    """All tiles of a launch, one for each CTA, and their order."""
-
-    key_tiles: Any  # opaque, tiles of keys of a head
-    query_blocks: Any  # opaque, blocks of queries of a head
-    pairs: Any  # opaque, batch * KV heads
-    together: Any  # opaque, pairs whose tiles follow each other tile by tile: dQ stays in L2
-    heads: Any  # Heads
-
-
-class KeyTile(NamedTuple):
-    """Keys of one head, and the queries that may see them."""
-
-    batch: Any
-    kv_head: Any
-    key: Any  # first key
-    row: Any  # first query of the first block
-    blocks: Any  # of each query head; may be 0
-
-
-class Walk(NamedTuple):
-    """Where a partition is on its way over the blocks of all query heads of a group."""
-
-    head: Any
-    n: Any  # blocks of this head gone by
+@gluon.jit
+def produce(inputs, side, blocks, queue, q_seq, k_seq, masks, work, TILE: gl.constexpr):
+    """Find tiles; of each load keys and values once, and the blocks of queries."""
+    tiles = pinned(work.key_tiles) * pinned(work.pairs)
+    n, i, number = 0, 0, gl.program_id(0)
+    while number < tiles:
+        tile = find_keys(work, number, q_seq, k_seq, masks, TILE)
+        number = following(work, number, tiles, TILE)
+        if tile.key >= 0:
+            queue.put(n, tile)
+            i = load_tile(inputs, side, blocks, tile, n, i, q_seq, k_seq, work, TILE)
+            n += 1
+    queue.put(n, KeyTile(0, 0, -1, 0, 0))
 
 
 @gluon.jit
-def open_keys(work, heads, q_seq, k_seq, masks, TILE: gl.constexpr):
-    """The KeyTile of this CTA. The first keys of a head come first: under a causal mask most
-    queries see them."""
-    BLOCK_M: gl.constexpr = TILE.block_m
-    tiles, pairs = pinned(work.key_tiles), pinned(work.pairs)
-    together = pinned(work.together)
-    kv_heads = pinned(heads.count) // pinned(heads.group)
-    group = gl.program_id(0) // (tiles * together)
-    rest = gl.program_id(0) - group * tiles * together
-    width = gl.minimum(together, pairs - group * together)
-    index = rest // width
-    pair = group * together + rest - index * width
-    batch = pair // kv_heads
-    key = index * TILE.block_n
-    seen = query_range(masks, key, key + (TILE.block_n - 1), open_sequence(q_seq, batch),
-                       open_sequence(k_seq, batch))  # fmt: skip
-    first = seen.lo // BLOCK_M
-    blocks = gl.maximum(gl.cdiv(seen.hi, BLOCK_M) - first, 0)
-    return KeyTile(batch, pair - batch * kv_heads, key, first * BLOCK_M, blocks)
-
-
-@gluon.jit
-def start_walk(tile, heads):
-    return Walk(tile.kv_head * pinned(heads.group), 0)
-
-
-@gluon.jit
-def go_on(walk, tile):
-    """The next block, of the next head after the last one."""
-    ends = walk.n + 1 == tile.blocks
-    return Walk(walk.head + ends.to(gl.int32), gl.where(ends, 0, walk.n + 1))
-
-
-@gluon.jit
-def block_of(tile, walk, work, heads, TILE: gl.constexpr):
-    """The number of a block of queries among all blocks of all heads."""
-    head = tile.batch * pinned(heads.count) + walk.head
-    return head * pinned(work.query_blocks) + tile.row // TILE.block_m + walk.n
-
-
-@gluon.jit
-def produce(inputs, side, blocks, q_seq, k_seq, masks, heads, work, TILE: gl.constexpr):
-    """Load keys and values once, then the blocks of queries."""
-    BLOCK_M: gl.constexpr = TILE.block_m
-    tile = open_keys(work, heads, q_seq, k_seq, masks, TILE)
-    mbarrier.expect(side.full, 2 * (bytes_of(inputs.k) + bytes_of(inputs.v)))
-    for w in gl.static_range(2):
-        load_rows(inputs.k, tile.batch, tile.kv_head, tile.key + w * layouts.ROWS, side.full,
+def load_tile(inputs, side, blocks, tile, n, i, q_seq, k_seq, work, TILE: gl.constexpr):
+    """Load what the n-th tile takes, its queries as items i, i + 1, ...; the item after them."""
+    q_span, k_span = open_sequence(q_seq, tile.batch), open_sequence(k_seq, tile.batch)
+    q_window = open_window(inputs.q, q_seq, q_span, tile.batch, q_span.length)
+    k_window = open_window(inputs.k, k_seq, k_span, tile.batch, k_span.length)
+    base = first_block(work, q_seq, tile.batch, TILE)
+    walk = start_walk(tile, work)
+    row = row_of(tile, walk, TILE)
+    block = block_of(row, walk, base, work, TILE)
+    steps = tile.blocks * pinned(work.heads.group)
+    if n > 0:
+        if steps > 0:  # while the tile before is worked on
+            blocks.fill_queries(i, inputs, q_window.batch, walk.head, q_window.row + row, block)
+        barriers.sync(TILE_DONE, EVERYBODY)
+    PARTS: gl.constexpr = TILE.block_n // layouts.ROWS
+    mbarrier.expect(side.full, PARTS * (bytes_of(inputs.k) + bytes_of(inputs.v)))
+    key = k_window.row + tile.key
+    for w in gl.static_range(PARTS):
+        load_rows(inputs.k, k_window.batch, tile.kv_head, key + w * layouts.ROWS, side.full,
                   side.k.index(w))  # fmt: skip
-    walk = start_walk(tile, heads)
-    steps = tile.blocks * pinned(heads.group)
-    if steps > 0:
-        block = block_of(tile, walk, work, heads, TILE)
-        blocks.fill_queries(0, inputs, tile.batch, walk.head, tile.row, block)
-    for w in gl.static_range(2):
-        load_rows(inputs.v, tile.batch, tile.kv_head, tile.key + w * layouts.ROWS, side.full,
+    if n == 0 and steps > 0:
+        blocks.fill_queries(i, inputs, q_window.batch, walk.head, q_window.row + row, block)
+    for w in gl.static_range(PARTS):
+        load_rows(inputs.v, k_window.batch, tile.kv_head, key + w * layouts.ROWS, side.full,
                   side.v.index(w))  # fmt: skip
-    for i in range(steps):
-        row = tile.row + walk.n * BLOCK_M
-        block = block_of(tile, walk, work, heads, TILE)
-        if i > 0:
-            blocks.fill_queries(i, inputs, tile.batch, walk.head, row, block)
-        blocks.fill_dout(i, inputs, tile.batch, walk.head, row, block)
+    for j in range(steps):
+        row = row_of(tile, walk, TILE)
+        block = block_of(row, walk, base, work, TILE)
+        if j > 0:
+            blocks.fill_queries(i, inputs, q_window.batch, walk.head, q_window.row + row, block)
+        blocks.fill_dout(i, inputs, q_window.batch, walk.head, q_window.row + row, block)
         walk = go_on(walk, tile)
+        i += 1
+    return i
 
 
 @gluon.jit
-def add_queries(dq, places, q_seq, k_seq, masks, heads, work, TILE: gl.constexpr):
+def add_queries(dq, side, queue, q_seq, k_seq, masks, work, TILE: gl.constexpr):
     """Add the shares of dQ that the consumers hand over."""
-    tile = open_keys(work, heads, q_seq, k_seq, masks, TILE)
-    walk = start_walk(tile, heads)
-    steps = tile.blocks * pinned(heads.group)
-    if steps > 0:
-        open_places()
-    for i in range(steps):
-        add_shares(dq, places, block_of(tile, walk, work, heads, TILE), i == steps - 1)
-        walk = go_on(walk, tile)
-    tma_store_wait(0)
+    n = 0
+    tile = queue.get(n, 1)
+    while tile.key >= 0:
+        mbarrier.wait(side.full, n & 1)  # nobody is in the tile before
+        base = first_block(work, q_seq, tile.batch, TILE)
+        walk = start_walk(tile, work)
+        steps = tile.blocks * pinned(work.heads.group)
+        if steps > 0:
+            open_places()
+        for j in range(steps):
+            row, before = row_of(tile, walk, TILE), 0
+            block = block_of(row, walk, base, work, TILE)
+            if TILE.adds != "in any order":
+                before = tile.key // TILE.block_n - first_tile(row, tile, q_seq, k_seq, masks, TILE)
+            add_shares(dq, side.dq, work.locks, block, before, j == steps - 1, TILE)
+            walk = go_on(walk, tile)
+        tma_store_wait(0)
+        barriers.arrive(TILE_DONE, EVERYBODY)
+        n += 1
+        tile = queue.get(n, 1)
 
 
 @gluon.jit
 def own_keys(tile, q_seq, k_seq, masks, WARPGROUP: gl.constexpr, TILE: gl.constexpr):
     """A warpgroup's 64 keys."""
-    first = tile.key + WARPGROUP * layouts.ROWS
-    layout: gl.constexpr = layouts.rows_of(layouts.accumulator(TILE.block_m))
+    first = tile.key + (0 if TILE.wide else WARPGROUP * layouts.ROWS)
+    queries: gl.constexpr = TILE.block_m // 2 if TILE.wide else TILE.block_m
+    layout: gl.constexpr = layouts.rows_of(layouts.accumulator(queries))
     q_span, k_span = open_sequence(q_seq, tile.batch), open_sequence(k_seq, tile.batch)
     k_idx = (first + gl.arange(0, layouts.ROWS, layout))[:, None]
     seen = query_range(masks, first, first + (layouts.ROWS - 1), q_span, k_span)
     # Keys past the end are zeros whose probabilities may overflow: no block is full with them.
     full_hi = gl.where(first + layouts.ROWS > k_span.length, 0, seen.full_hi)
     at = At(tile.batch, tile.kv_head, 0, first, 0, k_idx, q_span, k_span)
-    return Keys(at, seen.full_lo, full_hi)
+    return Keys(at, seen.lo, seen.full_lo, full_hi, seen.hi)
 
 
 @gluon.jit
-def consume(outputs, side, blocks, q_seq, k_seq, variant, scale, heads, work,
+def consume(outputs, side, blocks, queue, q_seq, k_seq, variant, scale, work,
             WARPGROUP: gl.constexpr, TILE: gl.constexpr):  # fmt: skip
-    """dK and dV of 64 keys."""
-    PADDED: gl.constexpr = TILE.padded
-    BLOCK_M: gl.constexpr = TILE.block_m
-    result: gl.constexpr = layouts.accumulator(PADDED)
-    tile = open_keys(work, heads, q_seq, k_seq, variant.masks, TILE)
-    keys = own_keys(tile, q_seq, k_seq, variant.masks, WARPGROUP, TILE)
-    walk = start_walk(tile, heads)
-    grads = KeyGradients(gl.zeros([layouts.ROWS, PADDED], gl.float32, result),
-                         gl.zeros([layouts.ROWS, PADDED], gl.float32, result))  # fmt: skip
-    mbarrier.wait(side.full, 0)
-    for i in range(tile.blocks * pinned(heads.group)):
-        grads = gradient_step(grads, side, blocks, i, keys, walk.head,
-                              tile.row + walk.n * BLOCK_M, variant, scale.log2, WARPGROUP,
-                              TILE)  # fmt: skip
-        walk = go_on(walk, tile)
-    # Found again rather than kept: every register of the loop is taken.
-    tile = open_keys(work, heads, q_seq, k_seq, variant.masks, TILE)
-    store_gradients(outputs, side, grads, tile, scale.natural, WARPGROUP)
+    """dK and dV of 64 keys of each tile."""
+    n, i = 0, 0
+    tile = queue.get(n, 4)
+    if TILE.persistent:
+        while tile.key >= 0:
+            i = consume_tile(outputs, side, blocks, queue, tile, n, i, q_seq, k_seq, variant, scale,
+                             work, WARPGROUP, TILE)  # fmt: skip
+            n += 1
+            tile = queue.get(n, 4)
+    elif tile.key >= 0:
+        consume_tile(outputs, side, blocks, queue, tile, n, i, q_seq, k_seq, variant, scale, work,
+                     WARPGROUP, TILE)  # fmt: skip
 
 
 @gluon.jit
-def store_gradients(outputs, side, grads, tile, scale, WARPGROUP: gl.constexpr):
-    """Write a warpgroup's dK and dV, through the places of its keys and values."""
-    first = tile.key + WARPGROUP * layouts.ROWS
+def consume_tile(outputs, side, blocks, queue, tile, n, i, q_seq, k_seq, variant, scale, work,
+                 WARPGROUP: gl.constexpr, TILE: gl.constexpr):  # fmt: skip
+    """dK and dV of the n-th tile, whose queries are items i, i + 1, ...; the item after them."""
+    keys = own_keys(tile, q_seq, k_seq, variant.masks, WARPGROUP, TILE)
+    walk = start_walk(tile, work)
+    mbarrier.wait(side.full, n & 1)
+    steps = tile.blocks * pinned(work.heads.group)
+    if TILE.wide:
+        kept = keep_keys(side, TILE) if TILE.kept > 0 else None
+        grads = start_columns(side, kept, blocks, i, steps, WARPGROUP, TILE)
+    else:
+        grads = start_keys(steps, WARPGROUP, TILE)
+    for j in range(steps):
+        row = row_of(tile, walk, TILE)
+        if TILE.wide:
+            grads = wide_step(grads, side, kept, blocks, i + j, j + 1 < steps, keys, walk.head,
+                              row, variant, scale.log2, WARPGROUP, TILE)  # fmt: skip
+        else:
+            grads = gradient_step(grads, side, blocks, i + j, j, keys, walk.head, row, variant,
+                                  scale.log2, WARPGROUP, TILE)  # fmt: skip
+        walk = go_on(walk, tile)
+    finish_queries(side, i + steps, steps, WARPGROUP, TILE)
+    # Found again rather than kept: every register of the loop is taken.
+    tile = queue.get(n, 4)
+    k_span = open_sequence(k_seq, tile.batch)
+    window = open_window(outputs.dk, k_seq, k_span, tile.batch, k_span.room)
+    if TILE.wide:
+        store_columns(outputs, side, grads, tile, window, scale.natural, WARPGROUP, TILE)
+    else:
+        store_gradients(outputs, side, grads, tile, window, scale.natural, WARPGROUP)
+    barriers.arrive(TILE_DONE, EVERYBODY)
+    return i + steps
+
+
+@gluon.jit
+def store_gradients(outputs, side, grads, tile, window, scale, WARPGROUP: gl.constexpr):
+    """Write a warpgroup's dK and dV, through the places of its keys and values, which both
+    warpgroups have read."""
+    first = window.row + tile.key + WARPGROUP * layouts.ROWS
     side.values(WARPGROUP).store(grads.v.to(outputs.dv.dtype))
     fence_async_shared()
-    store_rows(outputs.dv, tile.batch, tile.kv_head, first, side.v.index(WARPGROUP))
-    barriers.sync(DS_WRITTEN, CONSUMERS)  # both have read all keys
+    store_rows(outputs.dv, window.batch, tile.kv_head, first, side.v.index(WARPGROUP))
     side.keys(WARPGROUP).store((grads.k * scale).to(outputs.dk.dtype))
     fence_async_shared()
-    store_rows(outputs.dk, tile.batch, tile.kv_head, first, side.k.index(WARPGROUP))
+    store_rows(outputs.dk, window.batch, tile.kv_head, first, side.k.index(WARPGROUP))
     tma_store_wait(0)
 
 
 @gluon.jit
-def make_blocks(inputs, SLOTS: gl.constexpr):
-    return Blocks(make_tiles(inputs.q, SLOTS), make_tiles(inputs.dout, SLOTS),
-                  make_tiles(inputs.rows, SLOTS), make_tiles(inputs.rows, SLOTS),
-                  make_barriers(SLOTS), make_barriers(SLOTS), SLOTS)  # fmt: skip
+def make_blocks(inputs, SLOTS: gl.constexpr, DOUT_SLOTS: gl.constexpr):
+    return Blocks(make_tiles(inputs.q, SLOTS), make_tiles(inputs.dout, DOUT_SLOTS),
+                  make_tiles(inputs.rows, SLOTS), make_tiles(inputs.rows, DOUT_SLOTS),
+                  make_barriers(SLOTS), make_barriers(DOUT_SLOTS), SLOTS,
+                  DOUT_SLOTS)  # fmt: skip
+
+
+@gluon.jit
+def make_side(inputs, dq, TILE: gl.constexpr):
+    PARTS: gl.constexpr = TILE.block_n // layouts.ROWS
+    layout: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
+    shape: gl.constexpr = [2 * PARTS, layouts.ROWS, TILE.block_m]
+    ds = gl.allocate_shared_memory(inputs.q.dtype, shape, layout)
+    p = gl.allocate_shared_memory(inputs.q.dtype, shape, layout) if TILE.wide else ds
+    return KeySide(make_tiles(inputs.k, PARTS), make_tiles(inputs.v, PARTS), ds, make_tiles(dq, 2),
+                   make_barriers(1).index(0), p)  # fmt: skip
 
 
 @gluon.jit
 def attention_backward(q, k, v, dout, rows, dq, dk, dv, sequences, variant, scale, work,
                        TILE: gl.constexpr):  # fmt: skip
-    """dK and dV of one tile of keys of a KV head, and its part of dQ: one CTA for each tile.
+    """dK and dV of tiles of keys of a KV head, and their part of dQ.
 
     Triton takes descriptors as arguments of their own only; sequences is those of (queries, keys).
     """
     inputs, outputs = Inputs(q, k, v, dout, rows), Outputs(dq, dk, dv)
     q_seq, k_seq = sequences[0], sequences[1]
-    heads = work.heads
-    ds_layout: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
-    ds = gl.allocate_shared_memory(q.dtype, [4, layouts.ROWS, TILE.block_m], ds_layout)
-    side = KeySide(make_tiles(k, 2), make_tiles(v, 2), ds, make_tiles(dq, 2),
-                   make_barriers(1).index(0))  # fmt: skip
-    blocks = make_blocks(inputs, TILE.slots)
+    side = make_side(inputs, dq, TILE)
+    blocks = make_blocks(inputs, TILE.slots, TILE.dout_slots)
+    queue = make_queue()
     fence_async_shared()
     gl.warp_specialize([
-        (consume, (outputs, side, blocks, q_seq, k_seq, variant, scale, heads, work, 0, TILE)),
-        (consume, (outputs, side, blocks, q_seq, k_seq, variant, scale, heads, work, 1, TILE)),
-        (produce, (inputs, side, blocks, q_seq, k_seq, variant.masks, heads, work, TILE)),
-        (add_queries, (dq, side.dq, q_seq, k_seq, variant.masks, heads, work, TILE)),
+        (consume, (outputs, side, blocks, queue, q_seq, k_seq, variant, scale, work, 0, TILE)),
+        (consume, (outputs, side, blocks, queue, q_seq, k_seq, variant, scale, work, 1, TILE)),
+        (produce, (inputs, side, blocks, queue, q_seq, k_seq, variant.masks, work, TILE)),
+        (add_queries, (dq, side, queue, q_seq, k_seq, variant.masks, work, TILE)),
     ], [4, 1, 1], [TILE.registers, TILE.producer_registers, TILE.producer_registers])  # fmt: skip

@@ -18,7 +18,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from flashtile.kernels.hopper import barriers, layouts
 from flashtile.kernels.hopper.query_gradients import hand_over
-from flashtile.kernels.hopper.stages import CONSUMERS, DS_WRITTEN
+from flashtile.kernels.hopper.stages import CONSUMERS, DS_GIVEN, DS_WRITTEN
 from flashtile.kernels.masks import At, visible
 from flashtile.kernels.scores import apply_with_slope
 from flashtile.kernels.views import Span
@@ -33,17 +33,19 @@ class Keys(NamedTuple):
     """A warpgroup's keys."""
 
     at: Any  # At, without queries
-    full_lo: Any  # queries [full_lo, full_hi) see all of them
+    lo: Any  # queries [lo, hi) may see some of them, [full_lo, full_hi) see all
+    full_lo: Any
     full_hi: Any
+    hi: Any
 
 
 @gluon.jit
-def probabilities(s, lse2, keys, head, first_q, variant, unit, TILE: gl.constexpr):
-    """(p, slope of the score mods) of a block, from its raw scores, both (64, BLOCK_M).
+def probabilities(s, lse2, keys, head, first_q, variant, unit):
+    """(p, slope of the score mods) of queries from first_q on, from their raw scores (64, BLOCK_M).
 
     A thread's queries are its own first one plus constants, and masks compare with constants.
     """
-    BLOCK_M: gl.constexpr = TILE.block_m
+    BLOCK_M: gl.constexpr = s.shape[1]
     columns = gl.arange(0, BLOCK_M, layouts.columns_of(layouts.accumulator(BLOCK_M)))[None, :]
     own, constants = layouts.opaque(first_q + (columns & 6)), columns & -7
     at, slope = keys.at, 1.0
@@ -83,9 +85,112 @@ def multiply_ds(side, i, WARPGROUP: gl.constexpr, TILE: gl.constexpr):
 
 
 @gluon.jit
-def gradient_step(grads, side, blocks, i, keys, head, first_q, variant, unit,
+def give(j, WARPGROUP: gl.constexpr):
+    """Tell the other warpgroup, which may be a step behind, that step j - 1 of a tile is done."""
+    barriers.arrive(DS_GIVEN + 2 * (j & 1) + 1 - WARPGROUP, CONSUMERS)
+
+
+@gluon.jit
+def take(j, WARPGROUP: gl.constexpr):
+    """Wait until the other warpgroup gives the same."""
+    barriers.sync(DS_GIVEN + 2 * (j & 1) + WARPGROUP, CONSUMERS)
+
+
+@gluon.jit
+def start_keys(steps, WARPGROUP: gl.constexpr, TILE: gl.constexpr):
+    """The gradients before a tile's first block, whose step has no block before it."""
+    PADDED: gl.constexpr = TILE.padded
+    if TILE.lags and steps > 0:
+        give(0, WARPGROUP)
+    zeros = gl.zeros([layouts.ROWS, PADDED], gl.float32, layouts.accumulator(PADDED))
+    return KeyGradients(zeros, zeros)
+
+
+@gluon.jit
+def finish_queries(side, i, steps, WARPGROUP: gl.constexpr, TILE: gl.constexpr):
+    """After a tile's last block, item i - 1: its share of dQ, where shares lag. Both warpgroups
+    have then read all keys."""
+    if TILE.lags:
+        if steps > 0:
+            take(steps, WARPGROUP)
+            dq = warpgroup_mma_wait(0, deps=[multiply_ds(side, i - 1, WARPGROUP, TILE)])
+            hand_over(side.dq, dq, WARPGROUP)
+        give(steps + 1, WARPGROUP)
+        take(steps + 1, WARPGROUP)
+    else:
+        barriers.sync(DS_WRITTEN, CONSUMERS)
+
+
+@gluon.jit
+def store_ds(side, i, j, ds, WARPGROUP: gl.constexpr, TILE: gl.constexpr):
+    """Store a warpgroup's dS of item i, when the place is free."""
+    if TILE.lags:
+        take(j, WARPGROUP)
+    side.ds_of(i, WARPGROUP).store(ds)
+
+
+@gluon.jit
+def meet(TILE: gl.constexpr):
+    """After this the dS that a step's share of dQ takes is in shared memory."""
+    fence_async_shared()
+    if not TILE.lags:
+        barriers.sync(DS_WRITTEN, CONSUMERS)
+
+
+@gluon.jit
+def start_share(side, i, WARPGROUP: gl.constexpr, TILE: gl.constexpr):
+    """Start a warpgroup's 64 x 64 of item i's share of dQ or, where shares lag, of the one
+    before's."""
+    of = i - 1 if TILE.lags else i
+    return multiply_ds(side, of, WARPGROUP, TILE)
+
+
+@gluon.jit
+def share_queries(side, dq, j, WARPGROUP: gl.constexpr, TILE: gl.constexpr):
+    """Hand over a share of dQ: where shares lag, none in a tile's step 0."""
+    if not TILE.lags:
+        hand_over(side.dq, dq, WARPGROUP)
+    else:
+        if j > 0:
+            hand_over(side.dq, dq, WARPGROUP)
+        give(j + 1, WARPGROUP)
+
+
+@gluon.jit
+def gradient_step(grads, side, blocks, i, j, keys, head, first_q, variant, unit,
                   WARPGROUP: gl.constexpr, TILE: gl.constexpr):  # fmt: skip
-    """Add block i to dK and dV of a warpgroup's keys, and hand over its share of dQ.
+    """Add item i, block j of a tile's, to dK and dV of a warpgroup's keys, and hand over its share
+    of dQ, or where shares lag that of the block before."""
+    if TILE.skips:
+        if (first_q < keys.hi) & (first_q + TILE.block_m > keys.lo):
+            grads = seen_step(grads, side, blocks, i, j, keys, head, first_q, variant, unit,
+                              WARPGROUP, TILE)  # fmt: skip
+        else:
+            unseen_step(side, blocks, i, j, WARPGROUP, TILE)
+        return grads
+    else:
+        return seen_step(grads, side, blocks, i, j, keys, head, first_q, variant, unit, WARPGROUP,
+                         TILE)  # fmt: skip
+
+
+@gluon.jit
+def unseen_step(side, blocks, i, j, WARPGROUP: gl.constexpr, TILE: gl.constexpr):
+    """A `gradient_step` whose queries see none of a warpgroup's keys."""
+    BLOCK_M: gl.constexpr = TILE.block_m
+    q = blocks.wait_queries(i)
+    blocks.wait_dout(i)
+    ds = gl.zeros([layouts.ROWS, BLOCK_M], q.dtype, layouts.accumulator(BLOCK_M))
+    store_ds(side, i, j, ds, WARPGROUP, TILE)
+    meet(TILE)
+    dq = warpgroup_mma_wait(0, deps=[start_share(side, i, WARPGROUP, TILE)])
+    share_queries(side, dq, j, WARPGROUP, TILE)
+    blocks.release(i)
+
+
+@gluon.jit
+def seen_step(grads, side, blocks, i, j, keys, head, first_q, variant, unit,
+              WARPGROUP: gl.constexpr, TILE: gl.constexpr):  # fmt: skip
+    """A `gradient_step` with products.
 
     The order is what measurement left of ten (H200): dV and dK in front of dQ, dQ stored later,
     and the next block's scores under this one's products all cost time or registers.
@@ -101,19 +206,19 @@ def gradient_step(grads, side, blocks, i, keys, head, first_q, variant, unit,
     do = blocks.wait_dout(i)
     if SLOPES and BLOCK_M == 128:
         # Scores, slopes and dP are 192 registers a thread: dP later, 1,040 -> 680 bytes of spills.
-        lse2 = blocks.load_lse(i, of_queries)
+        lse2 = blocks.lse_of(i).load(of_queries)
         s = warpgroup_mma_wait(0, deps=[s_token])
-        p, slope = probabilities(s, lse2, keys, head, first_q, variant, unit, TILE)
+        p, slope = probabilities(s, lse2, keys, head, first_q, variant, unit)
         p_operand, weight = layouts.as_operand(p, q.dtype, TILE.padded), p * slope
         dp_token = multiply_values(side, do, zeros, WARPGROUP)
     else:
         dp_token = multiply_values(side, do, zeros, WARPGROUP)
         if BLOCK_M == 64:
-            lse2 = blocks.load_lse(i, of_queries)
+            lse2 = blocks.lse_of(i).load(of_queries)
         s = warpgroup_mma_wait(1, deps=[s_token])
         if BLOCK_M == 128:  # 32 registers a thread: no room beside the scores in flight
-            lse2 = blocks.load_lse(i, of_queries)
-        p, weight = probabilities(s, lse2, keys, head, first_q, variant, unit, TILE)
+            lse2 = blocks.lse_of(i).load(of_queries)
+        p, weight = probabilities(s, lse2, keys, head, first_q, variant, unit)
         if SLOPES:
             p_operand, weight = layouts.as_operand(p, q.dtype, TILE.padded), p * weight
         else:
@@ -122,17 +227,16 @@ def gradient_step(grads, side, blocks, i, keys, head, first_q, variant, unit,
     dp, weight = warpgroup_mma_wait(0, deps=[dp_token, weight])
     if not SLOPES:
         p_operand = layouts.as_operand(weight, q.dtype, TILE.padded)
-    delta = blocks.load_delta(i, of_queries)
+    delta = blocks.delta_of(i).load(of_queries)
     ds = (weight * (dp - delta[None, :])).to(q.dtype)
     ds_operand = layouts.as_operand(ds, q.dtype, TILE.padded)
-    side.ds_of(i, WARPGROUP).store(ds)
+    store_ds(side, i, j, ds, WARPGROUP, TILE)
     dv_token = warpgroup_mma(p_operand, do, grads.v, is_async=True)
-    fence_async_shared()
-    barriers.sync(DS_WRITTEN, CONSUMERS)
-    dq_token = multiply_ds(side, i, WARPGROUP, TILE)
+    meet(TILE)
+    dq_token = start_share(side, i, WARPGROUP, TILE)
     dk_token = warpgroup_mma(ds_operand, q, grads.k, is_async=True)
     dq, dv = warpgroup_mma_wait(1, deps=[dq_token, dv_token])
-    hand_over(side.dq, dq, WARPGROUP)
+    share_queries(side, dq, j, WARPGROUP, TILE)
     dk = warpgroup_mma_wait(0, deps=[dk_token])
     blocks.release(i)
     return KeyGradients(dk, dv)

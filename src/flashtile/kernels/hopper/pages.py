@@ -7,7 +7,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from flashtile.kernels.hopper._compat import tma_load
-from flashtile.kernels.hopper.channels import END
+from flashtile.kernels.hopper.channels import END, head_of
 from flashtile.kernels.numbers import number
 
 
@@ -27,7 +27,7 @@ def find_page(seq, span, page):
 
 @gluon.jit
 def load_part(x, head, end, left, full, tile, ROW: gl.constexpr, COLUMNS: gl.constexpr):
-    """Load `left` rows of the pool up to row `end`, and zeros, to a tile's rows from ROW on.
+    """Load `left` rows of a page up to row `end`, and zeros, to a tile's rows from ROW on.
 
     64 columns at a time: in part of a tile the planes of 64 columns do not follow each other, as
     one wider box would have them.
@@ -51,13 +51,13 @@ def load_pages(ring, i, x, seq, span, head, first, BLOCK_N: gl.constexpr, COLUMN
         size = number(seq.page_size)
         page, _ = find_page(seq, span, first // size)
         left = gl.maximum(gl.minimum(span.length - first, ROWS), 0)
-        load_part(x, head, page * size + first % size + left, left, full, tile, 0, COLUMNS)
+        load_part(x, head_of(seq, page, head), first % size + left, left, full, tile, 0, COLUMNS)
     else:
         # Two look-ups on their way at a time; more spill beside the producer's 24 registers.
         for part in gl.static_range(0, BLOCK_N // ROWS, 2):
             page, left = find_page(seq, span, first // ROWS + part)
             other, other_left = find_page(seq, span, first // ROWS + part + 1)
             left, other_left = gl.minimum(left, ROWS), gl.minimum(other_left, ROWS)
-            load_part(x, head, page * ROWS + left, left, full, tile, part * ROWS, COLUMNS)
-            load_part(x, head, other * ROWS + other_left, other_left, full, tile,
+            load_part(x, head_of(seq, page, head), left, left, full, tile, part * ROWS, COLUMNS)
+            load_part(x, head_of(seq, other, head), other_left, other_left, full, tile,
                       (part + 1) * ROWS, COLUMNS)  # fmt: skip

@@ -10,33 +10,41 @@ from flashtile.kernels.views import load_tile, open_sequence, open_tile, row_poi
 
 
 @triton.jit
-def prepare_backward(out, dout, lse, dlse, saved, acc, sink, dsink, q_seq, heads,
+def prepare_backward(out, dout, lse, dlse, space, sink, dsink, q_seq, heads,
                      TILE: tl.constexpr):  # fmt: skip
     """Of one block of queries: lse in log2 units and delta = rowsum(dout * out) - dlse, both
-    block_m numbers, block after block in `saved`; zeros in `acc`; this block's share of dsink.
+    block_m numbers, block after block in space.rows; zeros in the locks or, without any, in the
+    sums; this block's share of dsink. The last blocks come first: what the main kernel begins with
+    is then in L2.
 
     Rows that saw no key, and rows past the end, get lse +inf: their probabilities are 0, so that
     the backward masks no queries.
     """
     BLOCK_M: tl.constexpr = TILE.block_m
-    PADDED: tl.constexpr = TILE.padded
-    block = tl.program_id(0)
+    PADDED: tl.constexpr = TILE.padded_v
+    SUMS: tl.constexpr = BLOCK_M * TILE.padded
+    block = tl.num_programs(0) - 1 - tl.program_id(0)
     batch, head, first = open_tile(q_seq, number(heads.count), block, False, BLOCK_M)
     span = open_sequence(q_seq, batch)
     rows = first + tl.arange(0, BLOCK_M)
     valid = rows < span.length
-    sums = acc + block.to(tl.int64) * (BLOCK_M * PADDED) + tl.arange(0, BLOCK_M * PADDED)
-    tl.store(sums, tl.zeros([BLOCK_M * PADDED], tl.float32))
+    if space.locks is None:
+        sums = space.acc + block.to(tl.int64) * SUMS + tl.arange(0, SUMS)
+        tl.store(sums, tl.zeros([SUMS], tl.float32))
+    else:
+        tl.store(space.locks + block, 0)
+    if space.counter is not None and block == 0:
+        tl.store(space.counter, 0)
     o = load_tile(out, tokens(out, q_seq, span, head), q_seq, span, first, False, BLOCK_M,
-                  TILE.dim, PADDED)  # fmt: skip
+                  TILE.dim_v, PADDED)  # fmt: skip
     do = load_tile(dout, tokens(dout, q_seq, span, head), q_seq, span, first, False, BLOCK_M,
-                   TILE.dim, PADDED)  # fmt: skip
+                   TILE.dim_v, PADDED)  # fmt: skip
     row_delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
     if dlse is not None:
         row_delta -= tl.load(row_pointers(dlse, span, head, rows), mask=valid, other=0.0)
     row_lse = tl.load(row_pointers(lse, span, head, rows), mask=valid, other=-float("inf"))
     row_lse = tl.where(row_lse == -float("inf"), float("inf"), row_lse)
-    place = saved + block.to(tl.int64) * (2 * BLOCK_M) + tl.arange(0, BLOCK_M)
+    place = space.rows + block.to(tl.int64) * (2 * BLOCK_M) + tl.arange(0, BLOCK_M)
     tl.store(place, row_lse * LOG2E)
     tl.store(place + BLOCK_M, row_delta)
     if sink is not None:

@@ -16,8 +16,9 @@ from triton.experimental.gluon.language import _core
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma
 
 from flashtile.kernels.hopper import barriers
-from flashtile.kernels.hopper._compat import tma_store_wait
+from flashtile.kernels.hopper._compat import tma_store, tma_store_wait
 from flashtile.kernels.hopper.stages import DQ_FREE, DQ_FULL, WITH_WRITER
+from flashtile.kernels.masks import key_range
 from flashtile.kernels.numbers import number
 from flashtile.kernels.views import open_sequence, open_tile, store_tile, tokens
 
@@ -36,7 +37,14 @@ else:
 
 
 SHARE = gl.constexpr(4096)
-"""Elements of a warpgroup's share of a block's dQ, 64 x 64."""
+"""Elements of a share of a block's dQ, 64 x 64: a warpgroup's, or one of two of its columns."""
+
+
+@gluon.constexpr_function
+def own_columns(dim, warpgroup):
+    """How many columns of dK, dV or dQ are a warpgroup's where both have the same keys, 64 or 128.
+    The second one's begin at 128 in head dims above, so that of 192 it has 64."""
+    return min(128, (dim + 63) // 64 * 64 - 128 * warpgroup) if dim > 128 else 64
 
 
 @gluon.jit
@@ -61,33 +69,121 @@ def open_places():
 
 
 @gluon.jit
-def add_shares(acc, places, block, LAST):
-    """Add both warpgroups' shares of a block's dQ, and free their places unless they are the
-    LAST."""
-    for w in gl.static_range(2):
-        barriers.sync(DQ_FULL + w, WITH_WRITER)
-        reduce_add(acc, [(2 * block + w) * (SHARE // 256), 0], places.index(w))
-    if not LAST:
-        tma_store_wait(1)
-        barriers.arrive(DQ_FREE, WITH_WRITER)
-        tma_store_wait(0)
-        barriers.arrive(DQ_FREE + 1, WITH_WRITER)
+def first_tile(row, tile, q_seq, k_seq, masks, TILE: gl.constexpr):
+    """The first tile of keys that adds to the block of queries from a row on."""
+    q_span, k_span = open_sequence(q_seq, tile.batch), open_sequence(k_seq, tile.batch)
+    seen = key_range(masks, row, row + (TILE.block_m - 1), q_span, k_span)
+    return seen.lo // TILE.block_n
+
+
+@gluon.jit
+def wait_lock(lock, count):
+    """Wait until a lock stands at `count` or more, and see what was written before it did."""
+    gl.inline_asm_elementwise(
+        """{
+        .reg .pred early;
+        .reg .b32 found;
+        again:
+        ld.acquire.gpu.global.b32 found, [$1];
+        setp.lt.s32 early, found, $2;
+        @early bra again;
+        bar.warp.sync 0xffffffff;
+        fence.proxy.async;
+        mov.b32 $0, found;
+        }""", "=r,l,r", [lock, count], dtype=gl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def set_lock(lock, count):
+    """Wait until what TMA was told to add or store is in global memory, then set a lock."""
+    gl.inline_asm_elementwise(
+        """{
+        cp.async.bulk.wait_group 0;
+        fence.proxy.async;
+        bar.warp.sync 0xffffffff;
+        st.release.gpu.global.b32 [$1], $2;
+        mov.b32 $0, 0;
+        }""", "=r,l,r", [lock, count], dtype=gl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def add_shares(acc, places, locks, block, before, LAST, TILE: gl.constexpr):
+    """Add all shares of a block's dQ, and free their places unless they are the LAST.
+
+    Where tiles add in order, a block's lock counts those that have; where they do not, it tells
+    that the first has. `before` tiles come before this one, and all of them are earlier tiles of
+    the launch, so that nobody waits for a CTA that has not started. The first tile stores.
+    """
+    if TILE.adds != "in any order":
+        lock = (locks + block).to(gl.int64)
+        wait_lock(lock, before if TILE.adds == "in order" else gl.minimum(before, 1))
+    SHARES: gl.constexpr = TILE.block_m * TILE.padded // SHARE
+    for n in gl.static_range(SHARES // 2):
+        row = (SHARES * block + 2 * n) * (SHARE // 256)
+        add_pair(acc, places, row, before, LAST, own_columns(TILE.dim, 0) // 64 - n,
+                 own_columns(TILE.dim, 1) // 64 - n, TILE)  # fmt: skip
+    if TILE.adds == "in order":
+        set_lock(lock, before + 1)
+    elif TILE.adds == "after the first" and before == 0:
+        set_lock(lock, 1)
+
+
+@gluon.jit
+def add_pair(acc, places, row, before, LAST, LEFT_0: gl.constexpr, LEFT_1: gl.constexpr,
+             TILE: gl.constexpr):  # fmt: skip
+    """One share of each warpgroup that has any LEFT of a block's, this one included."""
+    BOTH: gl.constexpr = LEFT_1 > 0
+    add_share(acc, places, row, before, 0, TILE)
+    if BOTH:
+        add_share(acc, places, row + SHARE // 256, before, 1, TILE)
+    free_place(0, 1 if BOTH else 0, LAST, LEFT_0 == 1)
+    if BOTH:
+        free_place(1, 0, LAST, LEFT_1 == 1)
+
+
+@gluon.jit
+def add_share(acc, places, row, before, WARPGROUP: gl.constexpr, TILE: gl.constexpr):
+    barriers.sync(DQ_FULL + WARPGROUP, WITH_WRITER)
+    if TILE.adds == "in any order":
+        reduce_add(acc, [row, 0], places.index(WARPGROUP))
+    elif before == 0:
+        tma_store(acc, [row, 0], places.index(WARPGROUP))
+    else:
+        reduce_add(acc, [row, 0], places.index(WARPGROUP))
+
+
+@gluon.jit
+def free_place(WARPGROUP: gl.constexpr, PENDING: gl.constexpr, LAST, OF_BLOCK: gl.constexpr):
+    """Free a place when its share is read, behind which PENDING of the other warpgroup's are; not
+    after a warpgroup's last share OF_BLOCK where the block is the LAST."""
+    if not (LAST and OF_BLOCK):
+        tma_store_wait(PENDING)
+        barriers.arrive(DQ_FREE + WARPGROUP, WITH_WRITER)
 
 
 @triton.jit
-def finish_query_gradient(acc, dq, q_seq, scale, heads, TILE: tl.constexpr):
-    """dQ of one block of queries, from the sums of its shares."""
+def finish_query_gradient(acc, locks, dq, q_seq, scale, heads, TILE: tl.constexpr):
+    """dQ of one block of queries, from the sums of its shares. The last blocks come first: theirs
+    were added last, and are in L2."""
     BLOCK_M: tl.constexpr = TILE.block_m
     PADDED: tl.constexpr = TILE.padded
-    block = tl.program_id(0)
+    block = tl.num_programs(0) - 1 - tl.program_id(0)
     batch, head, first = open_tile(q_seq, number(heads.count), block, False, BLOCK_M)
     span = open_sequence(q_seq, batch)
-    flat = tl.load(acc + block.to(tl.int64) * (2 * SHARE) + tl.arange(0, 2 * SHARE))
-    # (warpgroup g, n, w, r, c, i, j); warpgroups own halves of the columns, or of the rows.
-    parts = (flat * scale.natural).reshape(2, 8, 4, 8, 4, 2, 2)
+    SUMS: tl.constexpr = BLOCK_M * PADDED
+    places = acc + block.to(tl.int64) * SUMS + tl.arange(0, SUMS)
+    if locks is None:
+        flat = tl.load(places)
+    else:  # nobody has stored where no key was seen
+        flat = tl.load(places, mask=tl.load(locks + block) > 0, other=0.0)
+    # (share s, warpgroup g, n, w, r, c, i, j); warpgroups own halves of the columns, or of the
+    # rows.
+    parts = (flat * scale.natural).reshape(SUMS // (2 * SHARE), 2, 8, 4, 8, 4, 2, 2)
     if BLOCK_M == 64:
-        parts = parts.permute(2, 5, 3, 0, 1, 4, 6)  # w i r, g n c j
+        parts = parts.permute(3, 6, 4, 1, 0, 2, 5, 7)  # w i r, g s n c j
     else:
-        parts = parts.permute(0, 2, 5, 3, 1, 4, 6)  # g w i r, n c j
+        parts = parts.permute(1, 3, 6, 4, 0, 2, 5, 7)  # g w i r, s n c j
     store_tile(dq, parts.reshape(BLOCK_M, PADDED), tokens(dq, q_seq, span, head), q_seq, span,
                first, BLOCK_M, TILE.dim, PADDED)  # fmt: skip

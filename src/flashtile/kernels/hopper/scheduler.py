@@ -13,15 +13,30 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 from flashtile.kernels.hopper._compat import aggregate
 from flashtile.kernels.hopper.channels import get_number, make_numbers, put_number
 from flashtile.kernels.numbers import number
+from flashtile.kernels.views import open_sequence
 
 
 class Work(NamedTuple):
     """All tiles of a launch and the order in which they are taken."""
 
     counter: Any  # (2,) int32, 0 before and after a launch: tiles taken, CTAs done
-    row_tiles: Any  # opaque, tiles of queries of a head
-    pairs: Any  # opaque, batch * heads
+    row_tiles: Any  # opaque, tiles of queries of a head, unless sequences are packed
+    pairs: Any  # opaque, batch * heads; heads, where sequences are packed
     together: Any  # opaque, pairs whose tiles are taken row by row: their K and V stay in L2
+
+
+class Order(NamedTuple):
+    """How far a CTA has come among packed sequences, whose longest are taken first: to those of
+    more than longest / 2 and at most `longest` keys."""
+
+    longest: Any  # 0 or less past the last
+    shorter: Any  # the longest of the others, as far as they have been seen
+    first: Any  # sequence from which on they are looked at, `SEQUENCES` at a time
+    before: Any  # tiles of all sequences that were passed
+
+
+SEQUENCES = gl.constexpr(64)
+"""That the producer, which has 24 registers, looks at together: 256 would spill 240 bytes."""
 
 
 class Tile(NamedTuple):
@@ -50,21 +65,26 @@ def pinned(n):
 
 
 @gluon.jit
-def dense_tile(work, heads, tile, BLOCK_M: gl.constexpr):
-    """`find_tile` of sequences of equal length.
+def split_tile(n, row_tiles, pairs, together):
+    """(tile of queries, pair) of the n-th tile of some pairs.
 
-    The last queries of a head come first: under a causal mask they see most keys.
+    The last queries of a pair come first: under a causal mask they see most keys.
     """
-    row_tiles, pairs, together = pinned(work.row_tiles), pinned(work.pairs), pinned(work.together)
-    heads = pinned(heads)
-    group = tile // (row_tiles * together)
-    rest = tile - group * row_tiles * together
+    group = n // (row_tiles * together)
+    rest = n - group * row_tiles * together
     width = gl.maximum(gl.minimum(together, pairs - group * together), 1)
     row = rest // width
-    pair = group * together + rest - row * width
+    return row_tiles - 1 - row, group * together + rest - row * width
+
+
+@gluon.jit
+def dense_tile(work, heads, tile, BLOCK_M: gl.constexpr):
+    """(batch, head, first query) of sequences of equal length."""
+    row_tiles, pairs, together = pinned(work.row_tiles), pinned(work.pairs), pinned(work.together)
+    heads = pinned(heads)
+    row, pair = split_tile(tile, row_tiles, pairs, together)
     batch = pair // heads
-    first = gl.where(tile < row_tiles * pairs, (row_tiles - 1 - row) * BLOCK_M, -1)
-    return batch, pair - batch * heads, first
+    return batch, pair - batch * heads, gl.where(tile < row_tiles * pairs, row * BLOCK_M, -1)
 
 
 @gluon.jit
@@ -73,47 +93,83 @@ def _add(a, b):
 
 
 @gluon.jit
-def packed_tile(seq, slot, BLOCK_M: gl.constexpr):
-    """(sequence, first query, tiles of all sequences) of the slot-th tile of a head of packed
-    sequences, the last of each sequence first. Rows past the last sequence are one more."""
-    layout: gl.constexpr = gl.BlockedLayout([8], [32], [1], [0])
-    batches, length = pinned(seq.batch), pinned(seq.length)
-    batch, stop, total = 0, 2147483647, 0
-    for first in range(0, batches + 1, 256):
-        idx = first + gl.arange(0, 256, layout)
-        start = gl.load(seq.cu_seqlens + idx, mask=idx <= batches, other=length)
-        following = gl.load(seq.cu_seqlens + idx + 1, mask=idx < batches, other=length)
-        tiles = (following - start + (BLOCK_M - 1)) // BLOCK_M
-        stops = total + gl.associative_scan(tiles, 0, _add)
-        passed = stops <= slot
-        batch += gl.sum(passed.to(gl.int32), 0)
-        stop = gl.minimum(stop, gl.min(gl.where(passed, 2147483647, stops), 0))
-        total += gl.sum(tiles, 0)
-    return batch, (stop - 1 - slot) * BLOCK_M, total
-
-
-@gluon.jit
-def count_tiles(work, seq, BLOCK_M: gl.constexpr):
-    """Of a head where sequences are packed; of all heads, otherwise."""
-    if seq.cu_seqlens is None:
-        return pinned(work.row_tiles) * pinned(work.pairs)
+def count_keys(seq, idx, batches):
+    """Of sequences `idx`, as long as they may be."""
+    if seq.used is not None:
+        return gl.load(seq.used + idx, mask=idx < batches, other=0)
+    elif seq.cu_seqlens is not None:
+        start = gl.load(seq.cu_seqlens + idx, mask=idx < batches, other=0)
+        return gl.load(seq.cu_seqlens + idx + 1, mask=idx < batches, other=0) - start
     else:
-        _, _, total = packed_tile(seq, 0, BLOCK_M)
-        return total
+        return gl.where(idx < batches, pinned(seq.length), 0)
 
 
 @gluon.jit
-def find_tile(work, heads, seq, tiles, tile, BLOCK_M: gl.constexpr):
-    """(batch, head, first query) of a tile, -1 as the query past the last one. tiles: their count.
+def find_sequence(q_seq, k_seq, heads, longest, first, n, BLOCK_M: gl.constexpr,
+                  BLOCK_N: gl.constexpr):  # fmt: skip
+    """Of the sequences from `first` on that an Order with `longest` is at: (the one that their n-th
+    tile is of, tiles up to its end, all their tiles, the longest of the shorter ones or -1).
 
-    Packed sequences are taken head by head: a head's K and V stay in L2.
+    Rows past the last sequence are one more. Less than a block of keys counts as one.
     """
-    if seq.cu_seqlens is None:
-        return dense_tile(work, heads, tile, BLOCK_M)
+    layout: gl.constexpr = gl.BlockedLayout([SEQUENCES // 32], [32], [1], [0])
+    batches, length = pinned(q_seq.batch), pinned(q_seq.length)
+    idx = first + gl.arange(0, SEQUENCES, layout)
+    start = gl.load(q_seq.cu_seqlens + idx, mask=idx <= batches, other=length)
+    following = gl.load(q_seq.cu_seqlens + idx + 1, mask=idx < batches, other=length)
+    keys = gl.maximum(count_keys(k_seq, idx, batches), BLOCK_N)
+    tiles = gl.maximum(following - start + (BLOCK_M - 1), 0) // BLOCK_M * heads
+    half = longest // 2
+    shorter = gl.max(gl.where((keys <= half) & (tiles > 0), keys, -1), 0)
+    tiles = gl.where((keys > half) & (keys <= longest), tiles, 0)
+    stops = gl.associative_scan(tiles, 0, _add)
+    passed = stops <= n
+    batch = first + gl.sum(passed.to(gl.int32), 0)
+    stop = gl.min(gl.where(passed, 2147483647, stops), 0)
+    return batch, stop, gl.max(stops, 0), shorter
+
+
+@gluon.jit
+def packed_tile(work, q_seq, k_seq, order, tile, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr):
+    """(Order, batch, head, first query) of packed sequences.
+
+    One sequence after the other leaves K and V in L2; a long one at the end would leave most CTAs
+    without work. In a model of 16k tokens of lognormal lengths one head after the other, sequences
+    as they come, is 5, 10 and 19% of a causal forward at head dims 64, 128 and 256, this is 1%.
+    """
+    heads, together = pinned(work.pairs), pinned(work.together)
+    batches = pinned(q_seq.batch)
+    longest, shorter, first, n = order.longest, order.shorter, order.first, tile - order.before
+    batch, stop, total, step = 0, 0, 0, 0
+    while (n >= total) & (longest > 0):
+        n -= total
+        first += step
+        step = SEQUENCES
+        if first > batches:
+            longest, shorter, first = shorter, -1, 0
+        batch, stop, total, found = find_sequence(q_seq, k_seq, heads, longest, first, n, BLOCK_M,
+                                                  BLOCK_N)  # fmt: skip
+        shorter = gl.maximum(shorter, found)
+    batch = gl.where(n < total, batch, 0)
+    row_tiles = gl.maximum(gl.cdiv(open_sequence(q_seq, batch).room, BLOCK_M), 1)
+    row, head = split_tile(n - (stop - row_tiles * heads), row_tiles, heads, together)
+    row = gl.where(n < total, row * BLOCK_M, -1)
+    return Order(longest, shorter, first, tile - n), batch, head, row
+
+
+@gluon.jit
+def first_order():
+    return Order(2147483647, -1, 0, 0)
+
+
+@gluon.jit
+def find_tile(work, heads, q_seq, k_seq, order, tile, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr):
+    """(Order, batch, head, first query) of a tile, -1 as the query past the last one."""
+    if q_seq.cu_seqlens is None:
+        batch, head, row = dense_tile(work, heads, tile, BLOCK_M)
+        return order, batch, head, row
     else:
-        head = tile // gl.maximum(tiles, 1)
-        batch, row, _ = packed_tile(seq, tile - head * tiles, BLOCK_M)
-        return batch, head, gl.where(head < pinned(heads), row, -1)
+        return packed_tile(work, q_seq, k_seq, order, tile, BLOCK_M, BLOCK_N)
 
 
 @gluon.jit

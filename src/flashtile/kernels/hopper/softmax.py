@@ -16,8 +16,15 @@ from flashtile.kernels.dropout import drop
 from flashtile.kernels.hopper import barriers, layouts
 from flashtile.kernels.hopper.channels import left_columns
 from flashtile.kernels.hopper.walk import first_key
-from flashtile.kernels.hopper.words import accumulator_words
-from flashtile.kernels.masks import At, Mask, anywhere, visible
+from flashtile.kernels.hopper.words import accumulator_numbers
+from flashtile.kernels.masks import (
+    At,
+    mask_tensor,
+    not_earlier,
+    not_later,
+    same_document,
+    visible,
+)
 from flashtile.kernels.numbers import LN2, LOG2E
 from flashtile.kernels.scores import add_matrix, apply_score_mods
 from flashtile.kernels.views import Span
@@ -90,13 +97,15 @@ def multiply_keys(query, keys, TILE: gl.constexpr):
         return warpgroup_mma(query.tile.slice(COLUMNS, LEFT, dim=1), rest, s, is_async=True)
 
 
-KEYS = Mask._fields.index("keys")  # names of fields do not reach a constexpr_function
-
-
 @gluon.constexpr_function
 def _compares_positions(masks):
     """Whether all masks only compare where queries and keys stand."""
-    return all(mask[KEYS] is not anywhere for mask in masks)
+    return all(mask[0] is not_later or mask[0] is not_earlier for mask in masks)
+
+
+@gluon.constexpr_function
+def _reads_tensors(masks):
+    return any(mask[0] is mask_tensor or mask[0] is same_document for mask in masks)
 
 
 @gluon.constexpr_function
@@ -161,8 +170,10 @@ def _at_scores(variant, at, first_k, own, constants, BLOCK_N: gl.constexpr):
 def _at_masks(variant, at, first_k, own, constants, BLOCK_N: gl.constexpr):
     if _compares_positions(variant.masks):
         return _count_keys_from(at, own, constants)
-    else:
+    elif _reads_tensors(variant.masks):
         return block_at(at, first_k, BLOCK_N)
+    else:
+        return At(at.batch, at.head, at.first_q, first_k, at.q_idx, own + constants, at.q, at.k)
 
 
 @gluon.jit
@@ -183,13 +194,13 @@ def _count_keys_from(at, own, constants):
 
 
 @gluon.jit
-def drop_block(p, variant, rows, place, TILE: gl.constexpr):
-    """Dropout of a block's probabilities, after their sums. The words of a Philox block are where
-    the eight elements are that they serve."""
+def drop_block(p, dtype: gl.constexpr, variant, rows, place, TILE: gl.constexpr):
+    """Dropout of a block's probabilities, after their sums, as the product takes them."""
     if len(variant.dropouts) > 0:
         at, first_k = rows.at, layouts.opaque(first_key(variant.blocks, place))
         here = At(at.batch, at.head, at.first_q, first_k, at.q_idx, 0, at.q, at.k)
-        p = drop(variant.dropouts[0], p, accumulator_words(variant.dropouts[0], here, TILE.block_n))
+        numbers = accumulator_numbers(variant.dropouts[0], here, TILE.block_n)
+        p = drop(variant.dropouts[0], p.to(dtype), numbers)
     return p
 
 
@@ -230,7 +241,7 @@ def start_softmax(query, ring, places, i, place, rows, variant, unit, TILE: gl.c
     m = gl.maximum(gl.max(s, 1), LEAST)
     p = gl.exp2(s * unit - (m * unit)[:, None])
     sums = layouts.partial_row_sums(p)
-    p = drop_block(p, variant, rows, place, TILE)
+    p = drop_block(p, keys.dtype, variant, rows, place, TILE)
     acc: gl.constexpr = layouts.accumulator(TILE.padded_v)
     PADDED: gl.constexpr = TILE.padded_v
     one = gl.inline_asm_elementwise(
@@ -266,7 +277,7 @@ def softmax_step(state, query, ring, places, i, place, rows, variant, unit,
     p = gl.exp2(s * unit - anchor[:, None])
     sums = gl.convert_layout(alpha, gl.SliceLayout(1, state.l.type.layout))[:, None]
     l = state.l * sums + layouts.partial_row_sums(p)
-    p = drop_block(p, variant, rows, place, TILE)
+    p = drop_block(p, keys.dtype, variant, rows, place, TILE)
     acc = warpgroup_mma_wait(0, deps=[acc_token])
     p = layouts.as_operand(p, keys.dtype, TILE.padded_v)
     ring.release(i + 1)

@@ -14,18 +14,29 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 from flashtile.kernels.hopper import barriers
 from flashtile.kernels.hopper._compat import aggregate, tma_load
 from flashtile.kernels.hopper.channels import bytes_of, load_rows
+from flashtile.kernels.hopper.scheduler import pin
 
-DS_WRITTEN = gl.constexpr(6)
+TILE_DONE = gl.constexpr(5)
+"""Consumers and writer are done with a tile: its keys and values may be overwritten."""
+
+DQ_FREE = gl.constexpr(6)
+"""Of warpgroup w, 6 + w: the writer has read its share of dQ."""
+
+DQ_FULL = gl.constexpr(8)
+"""Of warpgroup w, 8 + w: its share of dQ is in shared memory."""
+
+BLOCK_READ = gl.constexpr(10)
+"""Of ring slot i, 10 + i: both warpgroups have read the block."""
+
+DS_WRITTEN = gl.constexpr(12)
 """dS of both warpgroups is in shared memory; both have read that of two blocks before."""
 
-DQ_FREE = gl.constexpr(7)
-"""Of warpgroup w, 7 + w: the writer has read its share of dQ."""
+DOUT_READ = gl.constexpr(13)
+"""Both warpgroups have read dO, where it has one slot: no shares lag there."""
 
-DQ_FULL = gl.constexpr(9)
-"""Of warpgroup w, 9 + w: its share of dQ is in shared memory."""
-
-BLOCK_READ = gl.constexpr(11)
-"""Of ring slot i, 11 + i: both warpgroups have read the block."""
+DS_GIVEN = gl.constexpr(12)
+"""Instead, where shares of dQ lag. To warpgroup w, in steps of parity p, 12 + 2 p + w: dS of the
+other one's last step is in shared memory, and it has read that of the step before."""
 
 WITH_WRITER = gl.constexpr(160)
 """Threads of a warpgroup and of the writer's warp."""
@@ -33,6 +44,8 @@ WITH_WRITER = gl.constexpr(160)
 CONSUMERS = gl.constexpr(256)
 
 WITH_PRODUCER = gl.constexpr(288)
+
+EVERYBODY = gl.constexpr(320)
 
 
 class Inputs(NamedTuple):
@@ -51,15 +64,16 @@ class Blocks:
     what the scores need, and what their gradient does."""
 
     q: gl.shared_memory_descriptor  # (SLOTS, ..., BLOCK_M, PADDED)
-    dout: gl.shared_memory_descriptor
+    dout: gl.shared_memory_descriptor  # (DOUT_SLOTS, ..., BLOCK_M, PADDED_V)
     lse: gl.shared_memory_descriptor  # (SLOTS, 1, BLOCK_M)
-    delta: gl.shared_memory_descriptor
+    delta: gl.shared_memory_descriptor  # (DOUT_SLOTS, 1, BLOCK_M)
     q_full: gl.shared_memory_descriptor  # (SLOTS, 1)
-    dout_full: gl.shared_memory_descriptor
+    dout_full: gl.shared_memory_descriptor  # (DOUT_SLOTS, 1)
     SLOTS: gl.constexpr
+    DOUT_SLOTS: gl.constexpr  # SLOTS, or 1
 
     @gluon.constexpr_function
-    def __init__(self, q, dout, lse, delta, q_full, dout_full, SLOTS):
+    def __init__(self, q, dout, lse, delta, q_full, dout_full, SLOTS, DOUT_SLOTS):
         self.q = q
         self.dout = dout
         self.lse = lse
@@ -67,6 +81,7 @@ class Blocks:
         self.q_full = q_full
         self.dout_full = dout_full
         self.SLOTS = gl.constexpr(SLOTS)
+        self.DOUT_SLOTS = gl.constexpr(DOUT_SLOTS)
 
     @gluon.jit
     def fill_queries(self, i, x, batch, head, row, block):
@@ -83,7 +98,9 @@ class Blocks:
     @gluon.jit
     def fill_dout(self, i, x, batch, head, row, block):
         """Load dO and delta of item i, after its queries."""
-        slot = i % self.SLOTS
+        slot = i % self.DOUT_SLOTS
+        if self.DOUT_SLOTS < self.SLOTS and i > 0:
+            barriers.sync(DOUT_READ, WITH_PRODUCER)
         full = self.dout_full.index(slot)
         mbarrier.expect(full, bytes_of(x.dout) + bytes_of(x.rows))
         load_rows(x.dout, batch, head, row, full, self.dout.index(slot))
@@ -92,59 +109,70 @@ class Blocks:
     @gluon.jit
     def wait_queries(self, i):
         """(BLOCK_M, PADDED) Q of item i, when it has come."""
-        slot = i % self.SLOTS
-        mbarrier.wait(self.q_full.index(slot), (i // self.SLOTS) & 1)
-        tile = self.q.index(slot)
+        mbarrier.wait(self.q_full.index(i % self.SLOTS), (i // self.SLOTS) & 1)
+        return self.queries_of(i)
+
+    @gluon.jit
+    def queries_of(self, i):
+        """(BLOCK_M, PADDED) Q of item i, which has come."""
+        tile = self.q.index(i % self.SLOTS)
         return tile.reshape((tile.shape[-2], tile.shape[-1]))
 
     @gluon.jit
     def wait_dout(self, i):
-        """(BLOCK_M, PADDED) dO of item i, when it has come."""
-        slot = i % self.SLOTS
-        mbarrier.wait(self.dout_full.index(slot), (i // self.SLOTS) & 1)
-        tile = self.dout.index(slot)
+        """(BLOCK_M, PADDED_V) dO of item i, when it has come."""
+        slot = i % self.DOUT_SLOTS
+        mbarrier.wait(self.dout_full.index(slot), (i // self.DOUT_SLOTS) & 1)
+        tile = self.dout.index(pin(slot))
         return tile.reshape((tile.shape[-2], tile.shape[-1]))
 
     @gluon.jit
-    def load_lse(self, i, LAYOUT: gl.constexpr):
+    def lse_of(self, i):
         """(BLOCK_M,), of an item whose queries have come."""
         row = self.lse.index(i % self.SLOTS)
-        return row.reshape((row.shape[-1],)).load(LAYOUT)
+        return row.reshape((row.shape[-1],))
 
     @gluon.jit
-    def load_delta(self, i, LAYOUT: gl.constexpr):
+    def delta_of(self, i):
         """(BLOCK_M,), of an item whose dO has come."""
-        row = self.delta.index(i % self.SLOTS)
-        return row.reshape((row.shape[-1],)).load(LAYOUT)
+        row = self.delta.index(i % self.DOUT_SLOTS)
+        return row.reshape((row.shape[-1],))
 
     @gluon.jit
     def release(self, i):
-        """The calling warpgroup has read item i."""
+        """The calling warpgroup has read item i; but for dO, where that has one slot."""
         barriers.arrive(BLOCK_READ + i % self.SLOTS, WITH_PRODUCER)
+
+    @gluon.jit
+    def release_dout(self):
+        """The calling warpgroup has read dO and delta of an item, which have one slot."""
+        barriers.arrive(DOUT_READ, WITH_PRODUCER)
 
 
 @aggregate
 class KeySide:
     """What stays of a tile of keys, and the places where dS and dQ of a block pass through."""
 
-    k: gl.shared_memory_descriptor  # (2, ..., 64, PADDED): 64 keys of each warpgroup
+    k: gl.shared_memory_descriptor  # (1 | 2, ..., 64, PADDED): of both or each
     v: gl.shared_memory_descriptor
-    ds: gl.shared_memory_descriptor  # (4, 64, BLOCK_M) 16 bits: two blocks of two warpgroups
+    ds: gl.shared_memory_descriptor  # (2 | 4, 64, BLOCK_M) 16 bits: of two blocks
     dq: gl.shared_memory_descriptor  # (2, 16, 256) fp32: 64 x 64 of each warpgroup
     full: gl.shared_memory_descriptor  # (1, 1)
+    p: gl.shared_memory_descriptor  # (2, 64, BLOCK_M) 16 bits, where both have the same keys
 
     @gluon.constexpr_function
-    def __init__(self, k, v, ds, dq, full):
+    def __init__(self, k, v, ds, dq, full, p):
         self.k = k
         self.v = v
         self.ds = ds
         self.dq = dq
         self.full = full
+        self.p = p
 
     @gluon.jit
     def keys(self, WARPGROUP: gl.constexpr):
         """(64, PADDED)"""
-        tile = self.k.index(WARPGROUP)
+        tile = self.k.index(pin(WARPGROUP))
         return tile.reshape((tile.shape[-2], tile.shape[-1]))
 
     @gluon.jit

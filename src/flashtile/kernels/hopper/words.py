@@ -5,7 +5,7 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from flashtile.kernels.dropout import philox_words
+from flashtile.kernels.dropout import draw_words
 from flashtile.kernels.hopper import layouts
 
 
@@ -24,16 +24,15 @@ def multiply(a, FACTOR: gl.constexpr):
 
 
 @gluon.jit
-def accumulator_words(dropout, at, BLOCK_N: gl.constexpr):
-    """(64, BLOCK_N) numbers in the upper halves of words, as `words_queries_by_keys` has them. The
-    eight elements of a Philox block belong to the thread that draws it."""
+def accumulator_numbers(dropout, at, BLOCK_N: gl.constexpr):
+    """(64, BLOCK_N) uint16: 15-bit numbers, whose first bit cannot tell. The eight elements of a
+    Philox block belong to the thread that draws it."""
     ROWS: gl.constexpr = layouts.ROWS
     q_groups = (at.first_q // 2 + gl.arange(0, ROWS // 2, gl.AutoLayout())).to(gl.uint32)
     k_groups = (at.first_k // 4 + gl.arange(0, BLOCK_N // 4, gl.AutoLayout())).to(gl.uint32)
-    w0, w1, w2, w3 = philox_words(dropout, at, q_groups[:, None], k_groups[None, :])
-    low = gl.join(gl.join(w0 << 16, w1 << 16), gl.join(w2 << 16, w3 << 16))
-    high = gl.join(gl.join(w0, w1), gl.join(w2, w3))
-    words = gl.join(low, high)  # (8 a + r, 4 c + t, g, h, b)
-    words = words.reshape(ROWS // 16, 8, BLOCK_N // 16, 4, 2, 2, 2)
-    words = words.permute(0, 5, 1, 2, 4, 3, 6)  # a h r, c g t b
-    return gl.set_auto_layout(words.reshape(ROWS, BLOCK_N), layouts.accumulator(BLOCK_N))
+    w0, w1, w2, w3 = draw_words(dropout, at, q_groups[:, None], k_groups[None, :])
+    words = gl.join(gl.join(w0, w1), gl.join(w2, w3))
+    numbers = gl.join(words.to(gl.uint16), (words >> 16).to(gl.uint16))  # 8 a + r, 4 c + t, g, h, b
+    numbers = numbers.reshape(ROWS // 16, 8, BLOCK_N // 16, 4, 2, 2, 2)
+    numbers = numbers.permute(0, 5, 1, 2, 4, 3, 6)  # a h r, c g t b
+    return gl.set_auto_layout(numbers.reshape(ROWS, BLOCK_N), layouts.accumulator(BLOCK_N))

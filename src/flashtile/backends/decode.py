@@ -1,0 +1,158 @@
+"""The decode kernels' host side: two launches whose grids and workspace depend on shapes alone."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flashtile import config as switches
+from flashtile.backends import operands
+from flashtile.backends.launch import Launch, run
+from flashtile.backends.operands import row_view, token_view
+from flashtile.backends.replays import empty, make
+from flashtile.decode_tiles import DecodeConfig
+from flashtile.kernels import combine, widen
+from flashtile.kernels import decode as kernels
+from flashtile.kernels.config import DecodeTile
+from flashtile.kernels.numbers import opaque
+from flashtile.kernels.views import TokenView
+from flashtile.plan import Plan
+from flashtile.problem import Call
+from flashtile.quantize import scale_kind
+
+MOST_PROGRAMS = 2**20
+"""Of a launch whose parts the caller has fixed; with more parts a program does several."""
+
+COMBINES = 8
+"""Programs of the second launch that a multiprocessor has at least."""
+
+SCANS = (32, 1024)
+"""Sequences that a program looks at together: the first that holds the batch, or the last."""
+
+
+def forward(call: Call, plan: Plan, out_dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+    """(out, lse) of a call; rows of no sequence and rows that see no key are 0 and -inf. out is in
+    q's dtype, unless another is given."""
+    q, v = call.operands.q, call.operands.v
+    out = empty((*q.shape[:-1], v.shape[-1]), q, out_dtype)
+    lse = empty(call.lse_shape, q, torch.float32)
+    if lse.numel() > 0:
+        for launch in launches(call, plan, out, lse):
+            run(launch)
+    return out, lse
+
+
+def launches(call: Call, plan: Plan, out: Tensor, lse: Tensor) -> tuple[Launch, Launch]:
+    """The attention, and the merge of what it had to split."""
+    if plan.decode is None:
+        raise ValueError(f"plan.decode is None; the plan is for the {plan.backend} backend")
+    config, a = plan.decode, operands.arguments(call)
+    tile = _tile(call, config)
+    variant, sink = operands.variant(call, plan.nvidia), call.operands.learnable_sink
+    if call.quantized:
+        a = a._replace(k=_bytes(a.k.ptr), v=_bytes(a.v.ptr))
+    grid, work = _work(call, config, tile, plan.nvidia)
+    results = token_view(out), row_view(lse)
+    merges = max(grid, COMBINES * processors(call.operands.q.device))
+    return (
+        Launch(
+            kernels.attention_decode, grid,
+            (a.q, a.k, a.v, *results, a.q_seq, a.k_seq, variant, sink, a.scale, a.heads, work,
+             tile),
+            config.num_warps, config.num_stages,
+        ),
+        Launch(
+            combine.combine_parts, merges,
+            (*results, a.q_seq, a.k_seq, variant.masks, sink, a.heads, work, tile),
+        ),
+    )  # fmt: skip
+
+
+def _bytes(x: Tensor) -> TokenView:
+    """An e4m3 tensor as kernels read it, two dims at a time."""
+    return token_view(make(_as_bytes, x))
+
+
+def _as_bytes(x: Tensor) -> Tensor:
+    """Copied where two dims would begin at an odd address."""
+    odd, x = x.shape[-1] % 2, x.view(torch.uint8)
+    if odd or any(n % 2 for n in (*x.stride()[:-1], x.storage_offset())):
+        return torch.nn.functional.pad(x, (0, odd)).contiguous()
+    return x
+
+
+def _own(scale: Tensor | None, x: Tensor, batch: int) -> bool:
+    """Whether each token has a scale of its own; one that it shares is read once a tile."""
+    return scale is not None and scale_kind(scale, x, batch) == "token"
+
+
+def _tile(call: Call, config: DecodeConfig) -> DecodeTile:
+    q, k, v = call.operands[:3]
+    k_scale, v_scale = call.operands.k_descale, call.operands.v_descale
+    return DecodeTile(
+        config.block_m, config.block_n, q.shape[-1], v.shape[-1],
+        "tf32" if switches.allow_tf32 else "ieee",
+        page_size=k.shape[1] if call.sequences.block_table is not None else 0,
+        scan=next((n for n in SCANS if call.batch <= n), SCANS[-1]),
+        scaled_keys=_own(k_scale, k, call.batch), scaled_values=_own(v_scale, v, call.batch),
+        latent=call.variant.latent, pairs=call.quantized,
+    )  # fmt: skip
+
+
+def _work(
+    call: Call, config: DecodeConfig, tile: DecodeTile, nvidia: bool
+) -> tuple[int, kernels.Work]:
+    """The grid, and how it shares the work."""
+    q, variant, cut, size = call.operands.q, call.variant, None, None
+    kv_heads = call.operands.k.shape[-2]
+    at_once = grid = config.programs_per_sm * processors(q.device)
+    blocks = -(-call.seqlen_k // tile.block_n)
+    slots = 2 * grid
+    if variant.split_size:
+        size = min(-(-variant.split_size // tile.block_n), max(1, blocks))
+        cut = kernels.cut_every
+        parts = -(-blocks // size)
+    elif variant.num_splits:
+        cut, size = kernels.cut_in, variant.num_splits
+        parts = min(blocks, size)
+    if cut is not None and size is not None:
+        slots = _tiles(call, tile.block_m) * max(1, parts)
+        grid = at_once * -(-min(MOST_PROGRAMS, slots) // at_once)
+    rows = min(tile.block_m, call.seqlen_q * q.shape[-2] // kv_heads)
+    shape = slots, rows
+    return grid, kernels.Work(
+        opaque(grid), opaque(kv_heads), opaque(rows),
+        kernels.Parts(
+            empty(shape, q, torch.float32), empty(shape, q, torch.float32),
+            empty((*shape, tile.padded_v), q, torch.float32),
+            empty((slots, 4), q, torch.int32), empty((1,), q, torch.int64),
+        ),
+        cut, None if size is None else opaque(size),
+        _widening(call, nvidia),
+    )  # fmt: skip
+
+
+def _widening(call: Call, nvidia: bool) -> Any:
+    if not call.quantized:
+        return None
+    return widen.widen_at_once if nvidia else widen.widen
+
+
+def _tiles(call: Call, block_m: int) -> int:
+    """Of all KV heads of all sequences, at most."""
+    q, kv_heads = call.operands.q, call.operands.k.shape[-2]
+    group = q.shape[-2] // kv_heads
+    if call.varlen:
+        return kv_heads * (q.shape[0] * group // block_m + call.batch + 1)
+    return kv_heads * call.batch * -(-q.shape[1] * group // block_m)
+
+
+@lru_cache
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a device."""
+    if device.type != "cuda":
+        return 1
+    return torch.cuda.get_device_properties(device).multi_processor_count

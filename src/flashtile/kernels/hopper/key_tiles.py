@@ -1,0 +1,175 @@
+"""Which tile of keys a CTA of the backward works on, and the queries that see it.
+
+The producer finds tiles and tells the other warps where they lie: the divisions are done once, and
+nobody else searches packed sequences.
+"""
+
+from typing import Any, NamedTuple
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+
+from flashtile.kernels.hopper._compat import aggregate
+from flashtile.kernels.hopper.channels import make_barriers, make_numbers, put_number
+from flashtile.kernels.hopper.scheduler import pinned
+from flashtile.kernels.masks import query_range
+from flashtile.kernels.views import open_sequence
+
+LISTED = gl.constexpr(256)
+"""Offsets of packed sequences that are looked at together."""
+
+
+class KeyWork(NamedTuple):
+    """All tiles of a launch and their order."""
+
+    key_tiles: Any  # opaque, tiles of keys of a head
+    query_blocks: Any  # opaque, blocks of queries of a head
+    pairs: Any  # opaque, KV heads: of all batches, or of packed sequences
+    together: Any  # opaque, pairs whose tiles follow each other tile by tile
+    heads: Any  # Heads
+    counter: Any = None  # (1,) int32: tiles taken, where CTAs take several
+    locks: Any = None  # int32 of each block of queries: see `query_gradients`
+
+
+class KeyTile(NamedTuple):
+    """Keys of one head, and the queries that may see them."""
+
+    batch: Any
+    kv_head: Any
+    key: Any  # first key, or -1 past the last tile
+    row: Any  # first query of the first block
+    blocks: Any  # of each query head; may be 0
+
+
+class Walk(NamedTuple):
+    """Where a partition is on its way over the blocks of all query heads of a group."""
+
+    head: Any
+    n: Any  # blocks of this head gone by
+
+
+@gluon.jit
+def find_sequence(seq, slot, BLOCK: gl.constexpr):
+    """`views.find_sequence`, for one warp."""
+    layout: gl.constexpr = gl.BlockedLayout([LISTED // 32], [32], [1], [0])
+    batches, found = pinned(seq.batch), 0
+    for first in range(0, batches + 1, LISTED):
+        idx = first + gl.arange(0, LISTED, layout)
+        offsets = gl.load(seq.cu_seqlens + idx, mask=idx <= batches, other=2147483647)
+        found += gl.sum((offsets // BLOCK + idx <= slot).to(gl.int32), 0)
+    return found - 1
+
+
+@gluon.jit
+def find_keys(work, tile, q_seq, k_seq, masks, TILE: gl.constexpr):
+    """The KeyTile of a number, with key -1 where a slot of packed sequences is nobody's.
+
+    The first keys of a head come first: under a causal mask most queries see them.
+    """
+    BLOCK_M: gl.constexpr = TILE.block_m
+    BLOCK_N: gl.constexpr = TILE.block_n
+    tiles, pairs = pinned(work.key_tiles), pinned(work.pairs)
+    together = pinned(work.together)
+    group = tile // (tiles * together)
+    rest = tile - group * tiles * together
+    width = gl.minimum(together, pairs - group * together)
+    index = rest // width
+    pair = group * together + rest - index * width
+    if k_seq.cu_seqlens is None:
+        kv_heads = pinned(work.heads.count) // pinned(work.heads.group)
+        batch, kv_head = pair // kv_heads, pair % kv_heads
+    else:
+        batch, kv_head = find_sequence(k_seq, index, BLOCK_N), pair
+        index -= gl.load(k_seq.cu_seqlens + batch) // BLOCK_N + batch
+    key, k_span = index * BLOCK_N, open_sequence(k_seq, batch)
+    seen = query_range(masks, key, key + (BLOCK_N - 1), open_sequence(q_seq, batch), k_span)
+    first = seen.lo // BLOCK_M
+    blocks = gl.maximum(gl.cdiv(seen.hi, BLOCK_M) - first, 0)
+    return KeyTile(batch, kv_head, gl.where(key < k_span.room, key, -1), first * BLOCK_M, blocks)
+
+
+@gluon.jit
+def following(work, tile, tiles, TILE: gl.constexpr):
+    """The number of this CTA's next tile: past the last where a CTA takes one."""
+    if TILE.persistent:
+        return gl.atomic_add(work.counter, 1) + gl.num_programs(0)
+    else:
+        return tiles
+
+
+@gluon.jit
+def first_block(work, q_seq, batch, TILE: gl.constexpr):
+    """The number of a sequence's first block of queries among all blocks of all heads, but for
+    its head's."""
+    if q_seq.cu_seqlens is None:
+        return batch * pinned(work.heads.count) * pinned(work.query_blocks)
+    else:
+        return gl.load(q_seq.cu_seqlens + batch) // TILE.block_m + batch
+
+
+@gluon.jit
+def start_walk(tile, work):
+    return Walk(tile.kv_head * pinned(work.heads.group), 0)
+
+
+@gluon.jit
+def go_on(walk, tile):
+    """The next block, of the next head after the last one."""
+    ends = walk.n + 1 == tile.blocks
+    return Walk(walk.head + ends.to(gl.int32), gl.where(ends, 0, walk.n + 1))
+
+
+@gluon.jit
+def row_of(tile, walk, TILE: gl.constexpr):
+    """The first query of a block. Where shares of dQ are added in order all tiles begin with the
+    last queries, which all see: each is a step behind the one before it. With the first ones tiles
+    that start together would end together, however much less the later ones have to do."""
+    if TILE.adds == "in any order":
+        return tile.row + walk.n * TILE.block_m
+    else:
+        return tile.row + (tile.blocks - 1 - walk.n) * TILE.block_m
+
+
+@gluon.jit
+def block_of(row, walk, base, work, TILE: gl.constexpr):
+    """The number among all blocks of queries of the one from `row` on; base: `first_block`."""
+    return base + walk.head * pinned(work.query_blocks) + row // TILE.block_m
+
+
+@aggregate
+class Queue:
+    """Tells where tiles lie, through two places: `stages.TILE_DONE` says when they were read."""
+
+    tiles: gl.shared_memory_descriptor  # (10, 1) int32: two tiles of five numbers
+    full: gl.shared_memory_descriptor  # (2, 1)
+
+    @gluon.constexpr_function
+    def __init__(self, tiles, full):
+        self.tiles = tiles
+        self.full = full
+
+    @gluon.jit
+    def put(self, n, tile):
+        """The n-th tile of this CTA."""
+        for field in gl.static_range(5):
+            put_number(self.tiles, 5 * (n & 1) + field, tile[field])
+        mbarrier.arrive(self.full.index(n & 1), count=1)
+
+    @gluon.jit
+    def get(self, n, WARPS: gl.constexpr):
+        """The n-th tile, for a partition of WARPS warps."""
+        mbarrier.wait(self.full.index(n & 1), (n >> 1) & 1)
+        at = 5 * (n & 1)
+        return KeyTile(self.number(at, WARPS), self.number(at + 1, WARPS),
+                       self.number(at + 2, WARPS), self.number(at + 3, WARPS),
+                       self.number(at + 4, WARPS))  # fmt: skip
+
+    @gluon.jit
+    def number(self, i, WARPS: gl.constexpr):
+        return gl.max(self.tiles.index(i).load(gl.BlockedLayout([1], [32], [WARPS], [0])), 0)
+
+
+@gluon.jit
+def make_queue():
+    return Queue(make_numbers(10), make_barriers(2))

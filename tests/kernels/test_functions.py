@@ -1,0 +1,175 @@
+"""Users' score and mask functions in the kernels: results and gradients against the reference,
+which runs their counterparts in PyTorch and differentiates those by itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from flashtile import MaskFunction, ScoreFunction, flash_attn_func, reference
+from flashtile.kernels.masks import Range
+from flashtile.testing import Case
+from flashtile.testing.allocations import assert_touches_nothing_else
+from flashtile.testing.interpreter import interpreted
+
+SHAPES = ((20, 36), (36, 20), (33, 33), (17, 48))
+LENGTHS = ((5, 20), (0, 3), (18, 17), (2, 0), (1, 1))
+
+
+@triton.jit
+def bent(s, at, args):
+    """s + gain[head] * s^2 / (1 + distance)"""
+    gain = tl.load(args[0] + at.head).to(tl.float32)
+    far = (at.q_idx + at.k.length - at.q.length - at.k_idx).to(tl.float32)
+    return s + gain * s * s / (1.0 + far * far)
+
+
+@triton.jit
+def bent_slope(before, after, at, args):
+    gain = tl.load(args[0] + at.head).to(tl.float32)
+    far = (at.q_idx + at.k.length - at.q.length - at.k_idx).to(tl.float32)
+    return 1.0 + 2.0 * gain * before / (1.0 + far * far)
+
+
+def _bent(s: Tensor, at: Any, args: tuple[Tensor, ...]) -> Tensor:
+    far = (at.q_idx + at.k.length - at.q.length - at.k_idx).to(s.dtype)
+    return s + args[0][at.head].to(s.dtype) * s * s / (1.0 + far * far)
+
+
+def _bent_slope(before: Tensor, after: Tensor, at: Any, args: tuple[Tensor, ...]) -> Tensor:
+    far = (at.q_idx + at.k.length - at.q.length - at.k_idx).to(before.dtype)
+    return 1.0 + 2.0 * args[0][at.head].to(before.dtype) * before / (1.0 + far * far)
+
+
+@triton.jit
+def prefix(at, args):
+    """The first keys of a sequence, as many as a tensor says, and those that are not later."""
+    return (at.k_idx < tl.load(args[0] + at.batch)) | (at.k_idx <= at.q_idx)
+
+
+@triton.jit
+def prefix_keys(first, last, q, k, args):
+    seen = tl.load(args[0] + q.batch)
+    return Range(0, 0, tl.maximum(seen, first + 1), tl.maximum(seen, last + 1))
+
+
+@triton.jit
+def prefix_queries(first, last, q, k, args):
+    seen = tl.load(args[0] + q.batch)
+    return Range(tl.where(first < seen, 0, first), tl.where(last < seen, 0, last), 2147483647,
+                 2147483647)  # fmt: skip
+
+
+def _prefix(at: Any, args: tuple[Tensor, ...]) -> Tensor:
+    return (at.k_idx < args[0][at.batch]) | (at.k_idx <= at.q_idx)
+
+
+@triton.jit
+def strided(at, args):
+    """Every third key, by head."""
+    return (at.k_idx + at.head) % 3 != 1
+
+
+def _strided(at: Any, args: tuple[Tensor, ...]) -> Tensor:
+    return (at.k_idx + at.head) % 3 != 1
+
+
+def _score(heads: int = 2) -> ScoreFunction:
+    gain = torch.linspace(-0.4, 0.7, heads)
+    return ScoreFunction(bent, bent_slope, (gain,), (_bent, _bent_slope))
+
+
+def _mask(ranges: bool, batch: int = 2) -> MaskFunction:
+    counts = torch.tensor([7, 19, 2, 30, 11], dtype=torch.int32)[:batch]
+    bounds = (prefix_keys, prefix_queries) if ranges else (None, None)
+    return MaskFunction(prefix, (counts,), *bounds, eager=_prefix)
+
+
+def _features(name: str, batch: int) -> dict[str, Any]:
+    return {
+        "score": {"score_mod": _score()},
+        "mask": {"mask_mod": _mask(False, batch)},
+        "ranges": {"mask_mod": _mask(True, batch)},
+        "strided": {"mask_mod": MaskFunction(strided, eager=_strided)},
+        "both": {"score_mod": _score(), "mask_mod": _mask(True, batch)},
+    }[name]
+
+
+NAMES = ("score", "mask", "ranges", "strided", "both")
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("at", range(4))
+def test_functions(name: str, at: int) -> None:
+    """Dtypes rotate with the shape."""
+    dtype = (torch.float32, torch.float16)[(at + NAMES.index(name)) % 2]
+    case = Case(name, *SHAPES[at], heads=2, kv_heads=1, head_dim=8, features=_features(name, 2))
+    assert_touches_nothing_else(case.draw(at, dtype))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_functions_of_packed_and_paged_sequences(name: str) -> None:
+    features = _features(name, 5)
+    for page_size in (0, 7):
+        case = Case(name, lengths=LENGTHS, page_size=page_size, heads=2, kv_heads=1, head_dim=8,
+                    features=features)  # fmt: skip
+        assert_touches_nothing_else(case.draw(3))
+
+
+OTHERS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
+    "softcap": ({"softcap": 2.0}, ()),
+    "scale": ({"softmax_scale": -0.4}, ()),
+    "window": ({"window_size": (9, 3)}, ()),
+    "alibi-sink": ({}, ("alibi_slopes", "learnable_sink")),
+    "bias": ({"softcap": 2.0, "causal": True}, ("bias",)),
+    "dropout": ({"dropout_p": 0.3}, ()),
+    "mask": ({}, ("attn_mask",)),
+    "documents": ({}, ("document_ids",)),
+}
+
+
+@pytest.mark.parametrize("other", OTHERS)
+def test_functions_beside_other_features(other: str) -> None:
+    """In the contract's order: after softcap, ALiBi and bias, before masks."""
+    features, tensors = OTHERS[other]
+    case = Case(other, 33, 33, heads=2, kv_heads=1, head_dim=8, tensors=tensors,
+                features=features | _features("both", 2))  # fmt: skip
+    assert_touches_nothing_else(case.draw(5))
+
+
+def test_a_float_mask_is_added_after_the_function() -> None:
+    """Which never sees -inf: bent(-inf) is NaN."""
+    case = Case("float", 20, 36, heads=2, kv_heads=1, head_dim=8, features=_features("score", 2))
+    problem = case.draw(6)
+    mask = torch.randn(20, 36).masked_fill(torch.rand(20, 36) > 0.6, -torch.inf)
+    problem.keywords["attn_mask"] = mask
+    assert_touches_nothing_else(problem)
+
+
+def test_ranges_skip_blocks() -> None:
+    """What lies outside the ranges is not read."""
+    q, k, v = (torch.randn(2, 48, 2, 8) for _ in range(3))
+    counts = torch.tensor([3, 5], dtype=torch.int32)
+    mask_mod = MaskFunction(prefix, (counts,), prefix_keys, prefix_queries)
+    expected = flash_attn_func(q[:, :16], k, v, mask_mod=mask_mod)
+    k[:, 16:], v[:, 16:] = torch.nan, torch.nan
+    assert torch.equal(flash_attn_func(q[:, :16], k, v, mask_mod=mask_mod), expected)
+
+
+def test_replays_read_the_tensors_of_their_own_call() -> None:
+    q, k, v = (torch.randn(2, 20, 2, 8) for _ in range(3))
+    with interpreted(16, 16, list_block=32, capacity=64):
+        for seed in range(3):
+            torch.manual_seed(seed)
+            score_mod, mask_mod = _score(), _mask(True)
+            score_mod.args[0].copy_(torch.randn(2))
+            mask_mod.args[0].copy_(torch.randint(0, 20, (2,)))
+            keywords: dict[str, Any] = {"score_mod": score_mod, "mask_mod": mask_mod}
+            expected = reference.attention(q, k, v, **keywords).out
+            found = flash_attn_func(q, k, v, **keywords)
+            torch.testing.assert_close(found, expected.float(), atol=1e-4, rtol=1e-4)
