@@ -53,11 +53,13 @@ class KernelConfigs:
 def padded_dims(dim: int, dim_v: int) -> tuple[int, int]:
     """The powers of two that hold the head dims; a matrix instruction is at least 16 deep.
 
-    Both are 32 at least where one is: Triton 3.6 compiles a forward of 32 by 16 that reads shared
-    memory past its end (H200, compute-sanitizer).
+    Both are 32 at least where one is, and values 64 beside wider keys: Triton 3.6 compiles a
+    forward of 32 by 16 that reads shared memory past its end (H200, compute-sanitizer), and of
+    keys of 64 by 32 that come through registers, as those of 40 dims do, one with wrong results.
     """
     least = 16 if max(dim, dim_v) <= 16 else 32
-    return tuple(max(least, 1 << (n - 1).bit_length()) for n in (dim, dim_v))  # type: ignore[return-value]
+    padded, padded_v = (max(least, 1 << (n - 1).bit_length()) for n in (dim, dim_v))
+    return padded, max(padded_v, min(padded, 64))
 
 
 def shared_bytes(kernel: str, config: KernelConfig, dim: int, dim_v: int, element: int) -> int:

@@ -107,6 +107,15 @@ def test_each_backend_has_claims_of_its_own() -> None:
     assert summary.speedup(document["rows"][0], "flashtile-triton") == pytest.approx(10 / 12)
 
 
+def test_claims_are_not_over_another_backends_plain_attention() -> None:
+    """Where the plan takes the portable kernels for a feature and Hopper's without it."""
+    document = features(softcap=12.0)
+    for found in document["rows"]:
+        found["plain"]["backend"] = "hopper"
+        found["providers"] |= {"flashtile-triton": timed(12.0), "plain-triton": timed(10.0)}
+    assert [(c.measured, c.holds) for c in claims(document)] == [(1.2, True)]
+
+
 def test_claims_over_the_best_peer() -> None:
     """Figures of other libraries are for the suite's own setting, on a GPU of that name."""
     rows = [row("full", "fwd", seqlen, flashtile=timed(1.0, flops)) for seqlen, flops in

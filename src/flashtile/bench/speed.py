@@ -81,15 +81,17 @@ def measure(
     """A row a mode: each provider's timing, or the reason that it has none.
 
     With `against_plain`, flashtile's time of the cell's baseline joins the turns as "plain", and as
-    "plain-triton" that of a backend which takes part besides the default one.
+    "plain-triton" that of a backend which takes part besides the default one, or which is not the
+    baseline's default.
     """
     prepared = Prepared(cell, options)
     plain = Prepared(prepared.work.baseline, options) if against_plain else None
     default = prepared.backend()
+    alike = plain is None or plain.backend() == default
     tried = {
         name: prepared.functions(name, options.modes)
         for name in names
-        if name != f"flashtile-{default}"
+        if name != f"flashtile-{default}" or not alike
     }
     if plain is not None:
         for name in [n for n in tried if n.partition("-")[0] == "flashtile"]:
@@ -106,7 +108,7 @@ def measure(
             results[name] = {**timing.row(), "tflops": rate}
         row = {**cell.row(), "mode": mode, "backend": default, "flops": prepared.flops(mode)}
         if plain is not None:
-            row["plain"] = plain.row(mode)
+            row["plain"] = {**plain.row(mode), "backend": plain.backend()}
         yield {**row, "providers": {name: results[name] for name in tried}}
 
 
