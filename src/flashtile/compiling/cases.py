@@ -163,7 +163,7 @@ def every_case() -> list[Case]:
               for dim in (64, 128)]  # fmt: skip
     cases.append(Case("causal", "bfloat16", 64, 64, forward, tokens=LONG))
     cases.append(Case("causal", "bfloat16", 128, 128, forward, tokens=FEW))
-    decode = ("attention_decode",)
+    decode = ("attention_decode", "append_tokens")
     cases.append(Case("decode", "bfloat16", 128, 128))
     cases += [Case(f"decode-{name}", "bfloat16", 128, 128, decode)
               for name in ("tall", "pages", "e4m3")]  # fmt: skip
