@@ -46,7 +46,7 @@ def jobs(archs: Sequence[str], cases: Sequence[Case]) -> list[Job]:
     owners: dict[str, str] = {}
     tiles = set()
     for arch in archs:
-        for case in cases:
+        for case in (case for case in cases if case.only in ("", arch)):
             for place, launch in enumerate(launches(case, arch)):
                 job = Job(arch, case, place, launch.kernel.__name__)
                 if case.kernels and job.kernel not in case.kernels:
