@@ -225,9 +225,9 @@ _BETTER: dict[tuple[str, str, int, str], _Numbers] = {
     ("sm_90", "dkdv", 0, "scores"): (64, 64, 4, 2),
     # Three loops with documents, softcap and ALiBi: 372 bytes of spills, 596 with three stages.
     ("sm_90", "dkdv", 1, "masked scores"): (64, 128, 8, 2),
-    # Causal at 16k, dropout 0.1, ms: forward d64 3.69 (3.92 with 64 x 64), d128 2.81 (3.08); dq d64
-    # 4.27 (4.49); dkdv d64 7.59 (8.14), d128 5.75 (7.24). The random words need registers. Tiles of
-    # 128 x 128 leave no shared memory to read a mask through.
+    # Causal at 16k, dropout 0.1, ms: forward d128 2.41 (2.48 with 64 keys); dq d64 3.71 (4.14 with
+    # two stages); dkdv d64 5.82 (5.96 with 64 x 64), d128 4.33 (4.74 with 32 x 64). Tiles of 128 x
+    # 128 leave no shared memory to read a mask through.
     ("sm_90", "forward", 0, "dropout"): (128, 128, 8, 3),
     ("sm_90", "forward", 1, "dropout"): (128, 128, 8, 3),
     ("sm_90", "dq", 0, "dropout"): (64, 64, 4, 3),
