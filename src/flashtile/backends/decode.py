@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -10,8 +9,8 @@ from torch import Tensor
 
 from flashtile import config as switches
 from flashtile.backends import operands
-from flashtile.backends.launch import Launch, run
-from flashtile.backends.operands import row_view, token_view
+from flashtile.backends.launch import Launch, processors, run
+from flashtile.backends.operands import as_bytes, row_view, token_view
 from flashtile.backends.replays import empty, make
 from flashtile.decode_tiles import DecodeConfig
 from flashtile.kernels import combine, widen
@@ -73,15 +72,7 @@ def launches(call: Call, plan: Plan, out: Tensor, lse: Tensor) -> tuple[Launch, 
 
 def _bytes(x: Tensor) -> TokenView:
     """An e4m3 tensor as kernels read it, two dims at a time."""
-    return token_view(make(_as_bytes, x))
-
-
-def _as_bytes(x: Tensor) -> Tensor:
-    """Copied where two dims would begin at an odd address."""
-    odd, x = x.shape[-1] % 2, x.view(torch.uint8)
-    if odd or any(n % 2 for n in (*x.stride()[:-1], x.storage_offset())):
-        return torch.nn.functional.pad(x, (0, odd)).contiguous()
-    return x
+    return token_view(make(as_bytes, x))
 
 
 def _own(scale: Tensor | None, x: Tensor, batch: int) -> bool:
@@ -148,11 +139,3 @@ def _tiles(call: Call, block_m: int) -> int:
     if call.varlen:
         return kv_heads * (q.shape[0] * group // block_m + call.batch + 1)
     return kv_heads * call.batch * -(-q.shape[1] * group // block_m)
-
-
-@lru_cache
-def processors(device: torch.device) -> int:
-    """Multiprocessors of a device."""
-    if device.type != "cuda":
-        return 1
-    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -10,8 +10,8 @@ from torch import Tensor
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from flashtile.backends import blocklists, operands, triton
-from flashtile.backends.hopper_backward import backward, processors, ragged_k, ragged_q
-from flashtile.backends.launch import Launch, run
+from flashtile.backends.hopper_backward import backward, ragged_k, ragged_q
+from flashtile.backends.launch import Launch, processors, run
 from flashtile.backends.operands import row_view
 from flashtile.backends.replays import empty, make
 from flashtile.backends.tensormaps import (

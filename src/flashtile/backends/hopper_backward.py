@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from flashtile.backends import operands, triton
-from flashtile.backends.launch import Launch, run
+from flashtile.backends.launch import Launch, processors, run
 from flashtile.backends.operands import row_view, token_view
 from flashtile.backends.replays import empty
 from flashtile.backends.tensormaps import folds, mapped, numbers_map, ragged_map, tensor_map
@@ -130,14 +129,6 @@ def ragged_k(call: Call) -> bool:
     s = call.sequences
     given = (s.cu_seqlens_k, s.seqused_k, s.cache_batch_idx, s.cache_leftpad)
     return any(x is not None for x in given)
-
-
-@lru_cache
-def processors(device: torch.device) -> int:
-    """CTAs that run at once, one on each of a GPU's processors."""
-    if device.type != "cuda":
-        return 1
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def finish_launch(call: Call, tile: HopperBackwardTile, space: Workspace, dq: Tensor) -> Launch:

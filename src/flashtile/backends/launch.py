@@ -35,6 +35,14 @@ class Launch(NamedTuple):
         return found if self.fused else {**found, "enable_fp_fusion": False}
 
 
+@lru_cache
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a device; 1 where there is no GPU."""
+    if device.type != "cuda":
+        return 1
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
 def run(launch: Launch) -> None:
     """Launch on the current stream. An empty grid is no launch."""
     if launch.grid == 0:

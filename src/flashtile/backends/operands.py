@@ -184,12 +184,13 @@ def band(call: Call) -> tuple[masks.Mask, ...]:
     tree = call.operands.tree_mask
     if tree is not None:
         strides = 0 if tree.shape[0] == 1 else tree.stride(0), *tree.stride()[1:]
-        view = masks.TreeView(make(_bytes, tree), *map(opaque, (tree.shape[1], *strides)))
+        view = masks.TreeView(make(as_bytes, tree), *map(opaque, (tree.shape[1], *strides)))
         found.append(masks.Mask(masks.in_tree, (view,), masks.in_tree_keys, masks.in_tree_queries))
     return tuple(found)
 
 
-def _bytes(x: Tensor) -> Tensor:
+def as_bytes(x: Tensor) -> Tensor:
+    """A bool or e4m3 tensor as kernels read it."""
     return x.view(torch.uint8)
 
 
