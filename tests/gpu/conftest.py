@@ -1,5 +1,5 @@
-"""Every GPU test runs on each backend that the GPU has: the portable kernels serve a Hopper GPU
-too, wherever those for Hopper cannot."""
+"""Nothing here runs without a CUDA GPU. With one, every test runs on each backend that it has: the
+portable kernels serve a Hopper GPU too, wherever those for Hopper cannot."""
 
 from __future__ import annotations
 
@@ -28,6 +28,8 @@ _PLANNERS = {name: partial(plan, among=BACKENDS[BACKENDS.index(name) :]) for nam
 @pytest.fixture(params=_usable(), autouse=True)
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """The best backend that plans may choose."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA GPU")
     call = getattr(request.node, "callspec", None)
     if request.param == "hopper" and call and call.params.get("dtype") is torch.float32:
         pytest.skip("fp32 has no kernels for Hopper: the portable ones' run is the same")

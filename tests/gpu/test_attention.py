@@ -13,8 +13,6 @@ from flashtile.problem import Call
 from flashtile.random import draw_rng_state, keep_mask
 from flashtile.testing import CASES, Case, assert_matches_reference, assert_within_budget, run
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 

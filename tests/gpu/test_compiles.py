@@ -11,8 +11,6 @@ import torch
 
 from flashtile.testing import Case, Problem, run
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-
 
 @contextmanager
 def _compiles() -> Iterator[list[str]]:

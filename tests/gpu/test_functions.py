@@ -14,8 +14,6 @@ from flashtile import MaskFunction, ScoreFunction, flash_attn_func
 from flashtile.kernels.masks import Range
 from flashtile.testing import Case, assert_matches_reference
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-
 LENGTHS = ((1, 1), (64, 63), (130, 300), (0, 5), (7, 0), (257, 257))
 
 

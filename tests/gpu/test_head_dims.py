@@ -9,8 +9,6 @@ import torch
 
 from flashtile.testing import Case, assert_matches_reference
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 DIMS = [

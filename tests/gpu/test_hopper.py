@@ -26,11 +26,6 @@ from flashtile.testing import (
     run,
 )
 
-pytestmark = pytest.mark.skipif(
-    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0),
-    reason="needs a Hopper GPU (sm_90)",
-)
-
 BF16 = torch.bfloat16
 
 LENGTHS = ((1, 1), (64, 63), (65, 129), (130, 40), (128, 300), (0, 5), (7, 0), (257, 257), (3, 0))

@@ -20,8 +20,6 @@ from flashtile.testing import (
 )
 from flashtile.testing.layouts import LAYOUTS, lay_out
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-
 BF16 = torch.bfloat16
 
 

@@ -12,8 +12,6 @@ from torch import Tensor
 from flashtile import flash_attn_varlen_func
 from flashtile.testing import Case, assert_matches_reference, assert_within_budget, run
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-
 LONGEST, DIM = 130, 64
 
 

@@ -10,8 +10,6 @@ import torch
 from flashtile import config, flash_attn_func
 from flashtile.testing import Case, Problem, assert_matches_reference, run, run_reference
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-
 BF16 = torch.bfloat16
 
 

@@ -12,8 +12,6 @@ from torch import Tensor
 from flashtile import flash_attn_func, flash_attn_varlen_func, reference
 from flashtile.testing import Case, Problem, assert_matches_reference, poisoned_allocations, run
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-
 BF16 = torch.bfloat16
 
 

@@ -15,8 +15,6 @@ from torch import Tensor
 from flashtile import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
 from flashtile.testing import CASES, Case, Results, run
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-
 BF16 = torch.bfloat16
 BY_NAME = {case.name: case for case in CASES}
 

@@ -10,7 +10,6 @@ import os
 import time
 from typing import Any
 
-import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import seed as seeded
@@ -19,8 +18,6 @@ from torch import Tensor
 
 from flashtile.testing import Case, assert_within_budget, run
 from flashtile.testing.run import run_reference
-
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
 SECONDS = float(os.environ.get("FLASHTILE_STRESS", "10"))
 
