@@ -17,6 +17,7 @@ from triton.backends.nvidia import driver as nvidia
 
 import flashtile
 from flashtile import config, flash_attn_func, flash_attn_varlen_func, ops
+from flashtile.api import warm
 from flashtile.backends import launch, replays, triton
 from flashtile.testing import Case, assert_matches_reference
 from flashtile.testing.cases import Problem
@@ -82,7 +83,7 @@ def test_lengths_may_change() -> None:
                 q, k, v, causal=True, cu_seqlens_q=cu, cu_seqlens_k=cu
             ).out
             torch.testing.assert_close(out, exact.float(), rtol=1e-4, atol=1e-4)
-        assert len(replays._replays) == 2  # the operator's and the user's way to it
+        assert len(replays._replays) == len(warm._kept) == 1
 
 
 def test_one_tensor_in_two_places_may_be_two_next_time() -> None:
@@ -206,7 +207,8 @@ def test_nothing_of_a_call_is_kept_alive() -> None:
         gone = [weakref.ref(t) for t in (*x, out)]
         del x, out
         assert [t() for t in gone] == [None] * 4
-        assert len(replays._replays) == 3
+        assert len(replays._replays) == 2
+        assert len(warm._kept) == 1
 
 
 def test_a_call_within_a_call_has_a_tape_of_its_own() -> None:
@@ -237,6 +239,92 @@ def test_checked_mode_checks(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(config, "checked", True)
         with pytest.raises(ValueError, match="cu_seqlens_q decreases"):
             flash_attn_varlen_func(q, k, v, bad, good)
+
+
+def _forms() -> dict[str, list[Tensor]]:
+    """Calls of the same shapes."""
+    apart = torch.randn(3, 2, 2, 20, 8).transpose(2, 3).unbind()
+    shifted = [x[1:].view(2, 20, 2, 8) for x in torch.randn(3, 2 * 20 * 2 * 8 + 1).unbind()]
+    x = torch.randn(2, 20, 2, 8)
+    return {"packed": _qkv(), "apart": list(apart), "shifted": shifted, "one": [x, x, x]}
+
+
+def test_calls_of_the_same_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Strides, alignment and a tensor in several places tell them apart."""
+    with interpreted(capacity=64), torch.no_grad():
+        for _ in range(3):
+            for x in _forms().values():
+                out = flash_attn_func(*x, causal=True)
+                exact = flashtile.reference.attention(*x, causal=True).out
+                torch.testing.assert_close(out, exact.float(), rtol=1e-4, atol=1e-4)
+            monkeypatch.setattr(ops, "forward", _refuse)
+        assert [len(kept) for kept in warm._kept.values()] == [4]
+
+
+def test_only_so_many_calls_of_the_same_shapes_are_kept() -> None:
+    with interpreted(capacity=64), torch.no_grad():
+        for gap in range(2 * warm.ALIKE):
+            flash_attn_func(*(torch.randn(2, 20, 2, 8 + 4 * gap)[..., :8] for _ in "qkv"))
+        assert [len(kept) for kept in warm._kept.values()] == [warm.ALIKE]
+
+
+def test_lengths_given_once_or_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = (torch.randn(20, 2, 8) for _ in "qkv")
+    first, second = (torch.tensor(x, dtype=torch.int32) for x in ([0, 5, 20], [0, 12, 20]))
+    with interpreted(capacity=64), torch.no_grad():
+        for _ in range(2):
+            for cu_q, cu_k in ((first, first), (first, second), (second, second)):
+                out = flash_attn_varlen_func(q, k, v, cu_q, cu_k)
+                exact = flashtile.reference.attention(
+                    q, k, v, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k
+                ).out
+                torch.testing.assert_close(out, exact.float(), rtol=1e-4, atol=1e-4)
+            with pytest.raises(TypeError, match="cu_seqlens_k"):
+                flash_attn_varlen_func(q, k, v, first, first.long())
+            monkeypatch.setattr(ops, "forward", _refuse)
+
+
+def test_values_within_keys_or_beside_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The plan may read what they share once."""
+    with interpreted(capacity=64), torch.no_grad():
+        q, k, other = torch.randn(3, 2, 20, 1, 16)
+        flash_attn_func(q, k, k[..., :8])
+        monkeypatch.setattr(ops, "forward", _refuse)
+        flash_attn_func(q, k, k[..., :8])
+        with pytest.raises(AssertionError, match="the long way"):
+            flash_attn_func(q, k, other[..., :8])
+
+
+def test_another_autocast_dtype_casts() -> None:
+    x = _qkv(dtype=torch.float16)
+    with interpreted(capacity=64):
+        for _ in range(2):
+            with torch.autocast("cpu", dtype=torch.float16):
+                assert flash_attn_func(*x).dtype == torch.float16
+        with (
+            torch.autocast("cpu", dtype=torch.bfloat16),
+            pytest.raises(TypeError, match="bfloat16; the interpreter"),
+        ):
+            flash_attn_func(*x)
+
+
+def test_what_autocast_casts_takes_the_operator() -> None:
+    """Though calls of the dtype before the cast were met too."""
+    x = _qkv()
+    with interpreted(capacity=64):
+        assert flash_attn_func(*x).dtype == torch.float32
+        for _ in range(3):
+            with torch.autocast("cpu", dtype=torch.float16):
+                assert flash_attn_func(*x).dtype == torch.float16
+
+
+def test_without_guards_every_call_takes_the_operator(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are torch's own business: another version may have none."""
+    monkeypatch.setattr(warm, "_guards", None)
+    with interpreted(capacity=64):
+        for _ in range(2):
+            flash_attn_func(*_qkv())
+        assert not warm._kept
 
 
 def test_errors_are_raised_again() -> None:

@@ -88,12 +88,11 @@ def flash_attn_func(
     >>> q = torch.randn(2, 1024, 8, 64)
     >>> out = flash_attn_func(q, q, q, causal=True)  # (2, 1024, 8, 64)
     """
-    key, tensors = None, (q, k, v, bias, alibi_slopes, learnable_sink)
+    given, tensors = None, (q, k, v, bias, alibi_slopes, learnable_sink)
     plain = attn_mask is document_ids is score_mod is mask_mod is out is None
     if plain and dropout_p == 0.0 and not return_attn_probs:
         given = (softmax_scale, causal, window_size, softcap, deterministic)
-        key = warm.key_of(given, tensors)
-        if (found := warm.again(key, tensors)) is not None:
+        if (found := warm.again(given, tensors)) is not None:
             return found if return_lse else found[0]
     call = normalise(
         q, k, v, dropout_p=dropout_p, softmax_scale=softmax_scale, causal=causal,
@@ -103,7 +102,8 @@ def flash_attn_func(
         mask_mod=mask_mod, dropout_generator=dropout_generator,
     )  # fmt: skip
     found = attend(call, out=out, return_lse=return_lse, return_attn_probs=return_attn_probs)
-    warm.remember(key, tensors, call)
+    if given is not None:
+        warm.remember(given, tensors, call)
     return found
 
 

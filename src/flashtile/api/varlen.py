@@ -89,7 +89,7 @@ def flash_attn_varlen_func(
     >>> q = torch.randn(10, 8, 64)
     >>> out = flash_attn_varlen_func(q, q, q, cu_seqlens, cu_seqlens, causal=True)  # (10, 8, 64)
     """
-    key, tensors = None, (q, k, v, bias, alibi_slopes, learnable_sink, cu_seqlens_q, cu_seqlens_k,
+    given, tensors = None, (q, k, v, bias, alibi_slopes, learnable_sink, cu_seqlens_q, cu_seqlens_k,
                           seqused_q, seqused_k, block_table)  # fmt: skip
     plain = attn_mask is document_ids is score_mod is mask_mod is out is None
     plain = plain and k_descale is v_descale is None
@@ -97,8 +97,7 @@ def flash_attn_varlen_func(
         longest = host_int(max_seqlen_q), host_int(max_seqlen_k)
         given = (softmax_scale, causal, window_size, softcap, deterministic, num_splits, split_size,
                  *longest)  # fmt: skip
-        key = warm.key_of(given, tensors)
-        if (found := warm.again(key, tensors)) is not None:
+        if (found := warm.again(given, tensors)) is not None:
             return found if return_lse else found[0]
     checks.is_tensor("cu_seqlens_q", cu_seqlens_q, 1)
     call = normalise(
@@ -113,7 +112,8 @@ def flash_attn_varlen_func(
         num_splits=num_splits, split_size=split_size,
     )  # fmt: skip
     found = attend(call, out=out, return_lse=return_lse, return_attn_probs=return_attn_probs)
-    warm.remember(key, tensors, call)
+    if given is not None:
+        warm.remember(given, tensors, call)
     return found
 
 

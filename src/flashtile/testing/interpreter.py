@@ -47,6 +47,7 @@ def interpreted(
     from triton.language import constexpr  # noqa: PLC0415
     from triton.runtime import interpreter  # noqa: PLC0415
 
+    from flashtile.api import warm  # noqa: PLC0415
     from flashtile.backends import replays  # noqa: PLC0415
     from flashtile.kernels import blocks, schedule  # noqa: PLC0415
 
@@ -83,6 +84,7 @@ def interpreted(
         patch.object(plan, "configs", small),
         patch.object(replays, "CAPACITY", capacity),
         patch.object(replays, "_replays", {}),
+        patch.object(warm, "_kept", {}),
         patch.object(ops, "classifies", lambda device_type: True),
         patch.object(interpreter.InterpretedFunction, "__call__", call),
         patch.object(interpreter.interpreter_builder, "options", options),
