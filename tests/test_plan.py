@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from flashtile import explain
+from flashtile.explain import explain_problem
 from flashtile.plan import BLOCK_ELEMENTS, Device, backends, plan, visible_pairs
 from flashtile.problem import MASK_BLOCK, AttentionProblem
 from flashtile.tiles import _HALF_BY_ARCH, KERNELS, SHARED_LIMIT, configs, shared_bytes
@@ -132,6 +133,28 @@ def test_explanation_names_the_choice_and_what_was_passed_over() -> None:
     text = str(explain(*packed, cu_seqlens_q=cu, cu_seqlens_k=cu))
     assert "batch 2" in text
     assert "varlen" in text
+
+
+@pytest.mark.parametrize(
+    ("arch", "feature", "deterministic", "backward", "reason"),
+    [
+        ("sm_90", None, False, "64 queries x 128 keys, dQ added in any order", None),
+        ("sm_90", None, True, "64 queries x 128 keys, dQ added in order", None),
+        ("sm_90", "bias", False, "dQ 128 queries x 64 keys, dK", "backward does not do bias"),
+        ("sm_80", None, False, "dQ 64 queries x 64 keys, dK", "needs an NVIDIA Hopper GPU"),
+        ("", None, False, "", "needs an NVIDIA Hopper GPU"),
+    ],
+)
+def test_explanation_of_the_backward(
+    arch: str, feature: str | None, deterministic: bool, backward: str, reason: str | None
+) -> None:
+    kind, features = "cuda" if arch else "cpu", frozenset({feature} if feature else ())
+    problem = replace(LLAMA, device=kind, dtype="bfloat16", kv_heads=LLAMA.heads, features=features)
+    rows = dict(explain_problem(problem, Device(kind, arch, True), deterministic).rows())
+    assert rows.get("backward", "").startswith(backward)
+    assert ("backward" in rows) == bool(backward)
+    assert rows.get("not hopper", "").startswith(reason or "")
+    assert ("not hopper" in rows) == (reason is not None)
 
 
 def test_explaining_validates_like_the_call() -> None:

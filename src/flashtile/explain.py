@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from flashtile.decode_tiles import DecodeConfig, cannot_decode
+from flashtile.hopper_backward_tiles import backward_tile, cannot_backward
 from flashtile.plan import Device, Plan, plan
 from flashtile.problem import UNBOUNDED, AttentionProblem, describe
 
@@ -18,6 +19,7 @@ class Explanation:
 
     problem: AttentionProblem
     plan: Plan
+    deterministic: bool = False
 
     def rows(self) -> list[tuple[str, str]]:
         p, chosen = self.problem, self.plan
@@ -37,12 +39,31 @@ class Explanation:
             ("FLOPs", f"{chosen.flops_forward:.3g} forward, {chosen.flops_backward:.3g} backward"),
             ("bytes", f"{chosen.bytes_forward:.3g} forward, {chosen.bytes_backward:.3g} backward"),
         ]
-        rows += _packing(chosen)
+        rows += _packing(chosen) + self._backward()
         if chosen.decode is not None:
             rows.append(("splits", _splits_text(p, chosen.decode)))
         elif (reason := cannot_decode(p)) is not None and chosen.kernels is not None:
             rows.append(("not split", reason))
         return rows + [(f"not {name}", reason) for name, reason in chosen.passed_over]
+
+    def _backward(self) -> list[tuple[str, str]]:
+        """The tiles of the gradients' kernels, where they are not the torch backend's blocks."""
+        p, kernels, rows = self.problem, self.plan.kernels, []
+        if kernels is None:
+            return []
+        if self.plan.backend == "hopper":
+            reason = cannot_backward(p, self.deterministic)
+            if reason is None:
+                tile = backward_tile(p, self.deterministic)
+                text = f"{tile.block_m} queries x {tile.block_n} keys, dQ added {tile.adds}"
+                return [("backward", text)]
+            rows.append(("not hopper", f"backward {reason}"))
+        dq, dkdv = kernels.dq, kernels.dkdv
+        text = (
+            f"dQ {dq.block_q} queries x {dq.block_k} keys, "
+            f"dK and dV {dkdv.block_q} queries x {dkdv.block_k} keys"
+        )
+        return [("backward", text), *rows]
 
     def __str__(self) -> str:
         return "\n".join(f"{name:>12}  {value}" for name, value in self.rows())
@@ -73,9 +94,11 @@ def _mask_text(p: AttentionProblem) -> str:
     return f"window, {sides[0]} to the left, {sides[1]} to the right"
 
 
-def explain_problem(problem: AttentionProblem, device: Device) -> Explanation:
+def explain_problem(
+    problem: AttentionProblem, device: Device, deterministic: bool = False
+) -> Explanation:
     """The plan of a problem given by its metadata."""
-    return Explanation(problem, plan(problem, device))
+    return Explanation(problem, plan(problem, device), deterministic)
 
 
 def explain(q: Tensor, k: Tensor, v: Tensor, **keywords: Any) -> Explanation:
@@ -87,4 +110,4 @@ def explain(q: Tensor, k: Tensor, v: Tensor, **keywords: Any) -> Explanation:
     from flashtile.api import normalise  # noqa: PLC0415, the arrow points from api to here
 
     call = normalise(q, k, v, **keywords)
-    return explain_problem(describe(call), Device.of(q.device))
+    return explain_problem(describe(call), Device.of(q.device), call.variant.deterministic)
