@@ -10,55 +10,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flashtile import MaskFunction, ScoreFunction, flash_attn_func
-from flashtile.kernels.masks import Range
+from flashtile import MaskFunction, flash_attn_func
 from flashtile.testing import Case, assert_matches_reference
+from flashtile.testing.functions import bending, prefixed
 
 LENGTHS = ((1, 1), (64, 63), (130, 300), (0, 5), (7, 0), (257, 257))
-
-
-@triton.jit
-def bent(s, at, args):
-    far = (at.q_idx + at.k.length - at.q.length - at.k_idx).to(tl.float32)
-    return s + tl.load(args[0] + at.head) * s * s / (1.0 + far * far)
-
-
-@triton.jit
-def bent_slope(before, after, at, args):
-    far = (at.q_idx + at.k.length - at.q.length - at.k_idx).to(tl.float32)
-    return 1.0 + 2.0 * tl.load(args[0] + at.head) * before / (1.0 + far * far)
-
-
-def _bent(s: Tensor, at: Any, args: tuple[Tensor, ...]) -> Tensor:
-    far = (at.q_idx + at.k.length - at.q.length - at.k_idx).to(s.dtype)
-    return s + args[0][at.head].to(s.dtype) * s * s / (1.0 + far * far)
-
-
-def _bent_slope(before: Tensor, after: Tensor, at: Any, args: tuple[Tensor, ...]) -> Tensor:
-    far = (at.q_idx + at.k.length - at.q.length - at.k_idx).to(before.dtype)
-    return 1.0 + 2.0 * args[0][at.head].to(before.dtype) * before / (1.0 + far * far)
-
-
-@triton.jit
-def prefix(at, args):
-    return (at.k_idx < tl.load(args[0] + at.batch)) | (at.k_idx <= at.q_idx)
-
-
-@triton.jit
-def prefix_keys(first, last, q, k, args):
-    seen = tl.load(args[0] + q.batch)
-    return Range(0, 0, tl.maximum(seen, first + 1), tl.maximum(seen, last + 1))
-
-
-@triton.jit
-def prefix_queries(first, last, q, k, args):
-    seen = tl.load(args[0] + q.batch)
-    return Range(tl.where(first < seen, 0, first), tl.where(last < seen, 0, last), 2147483647,
-                 2147483647)  # fmt: skip
-
-
-def _prefix(at: Any, args: tuple[Tensor, ...]) -> Tensor:
-    return (at.k_idx < args[0][at.batch]) | (at.k_idx <= at.q_idx)
 
 
 @triton.jit
@@ -75,11 +31,11 @@ def _features(name: str) -> dict[str, Any]:
     gain = torch.linspace(-0.4, 0.7, 4, device="cuda")
     counts = torch.tensor([40, 3, 150, 0, 9, 200], dtype=torch.int32, device="cuda")
     table = torch.randint(0, 9, (700,), dtype=torch.int32, device="cuda")
-    score = {"score_mod": ScoreFunction(bent, bent_slope, (gain,), (_bent, _bent_slope))}
-    ranges = {"mask_mod": MaskFunction(prefix, (counts,), prefix_keys, prefix_queries, _prefix)}
+    score = {"score_mod": bending(gain)}
+    ranges = {"mask_mod": prefixed(counts, True)}
     return {
         "score": score,
-        "mask": {"mask_mod": MaskFunction(prefix, (counts,), eager=_prefix)},
+        "mask": {"mask_mod": prefixed(counts, False)},
         "ranges": ranges,
         "listed": {"mask_mod": MaskFunction(listed, (table,), eager=_listed)},
         "both": score | ranges,

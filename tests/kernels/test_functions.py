@@ -7,87 +7,23 @@ from typing import Any
 
 import pytest
 import torch
-import triton
-import triton.language as tl
-from torch import Tensor
 
 from flashtile import MaskFunction, ScoreFunction, flash_attn_func, reference
-from flashtile.kernels.masks import Range
 from flashtile.testing import Case
 from flashtile.testing.allocations import assert_touches_nothing_else
+from flashtile.testing.functions import bending, prefixed, striding
 from flashtile.testing.interpreter import interpreted
 
 SHAPES = ((20, 36), (36, 20), (33, 33), (17, 48))
 LENGTHS = ((5, 20), (0, 3), (18, 17), (2, 0), (1, 1))
 
 
-@triton.jit
-def bent(s, at, args):
-    """s + gain[head] * s^2 / (1 + distance)"""
-    gain = tl.load(args[0] + at.head).to(tl.float32)
-    far = (at.q_idx + at.k.length - at.q.length - at.k_idx).to(tl.float32)
-    return s + gain * s * s / (1.0 + far * far)
-
-
-@triton.jit
-def bent_slope(before, after, at, args):
-    gain = tl.load(args[0] + at.head).to(tl.float32)
-    far = (at.q_idx + at.k.length - at.q.length - at.k_idx).to(tl.float32)
-    return 1.0 + 2.0 * gain * before / (1.0 + far * far)
-
-
-def _bent(s: Tensor, at: Any, args: tuple[Tensor, ...]) -> Tensor:
-    far = (at.q_idx + at.k.length - at.q.length - at.k_idx).to(s.dtype)
-    return s + args[0][at.head].to(s.dtype) * s * s / (1.0 + far * far)
-
-
-def _bent_slope(before: Tensor, after: Tensor, at: Any, args: tuple[Tensor, ...]) -> Tensor:
-    far = (at.q_idx + at.k.length - at.q.length - at.k_idx).to(before.dtype)
-    return 1.0 + 2.0 * args[0][at.head].to(before.dtype) * before / (1.0 + far * far)
-
-
-@triton.jit
-def prefix(at, args):
-    """The first keys of a sequence, as many as a tensor says, and those that are not later."""
-    return (at.k_idx < tl.load(args[0] + at.batch)) | (at.k_idx <= at.q_idx)
-
-
-@triton.jit
-def prefix_keys(first, last, q, k, args):
-    seen = tl.load(args[0] + q.batch)
-    return Range(0, 0, tl.maximum(seen, first + 1), tl.maximum(seen, last + 1))
-
-
-@triton.jit
-def prefix_queries(first, last, q, k, args):
-    seen = tl.load(args[0] + q.batch)
-    return Range(tl.where(first < seen, 0, first), tl.where(last < seen, 0, last), 2147483647,
-                 2147483647)  # fmt: skip
-
-
-def _prefix(at: Any, args: tuple[Tensor, ...]) -> Tensor:
-    return (at.k_idx < args[0][at.batch]) | (at.k_idx <= at.q_idx)
-
-
-@triton.jit
-def strided(at, args):
-    """Every third key, by head."""
-    return (at.k_idx + at.head) % 3 != 1
-
-
-def _strided(at: Any, args: tuple[Tensor, ...]) -> Tensor:
-    return (at.k_idx + at.head) % 3 != 1
-
-
-def _score(heads: int = 2) -> ScoreFunction:
-    gain = torch.linspace(-0.4, 0.7, heads)
-    return ScoreFunction(bent, bent_slope, (gain,), (_bent, _bent_slope))
+def _score() -> ScoreFunction:
+    return bending(torch.linspace(-0.4, 0.7, 2))
 
 
 def _mask(ranges: bool, batch: int = 2) -> MaskFunction:
-    counts = torch.tensor([7, 19, 2, 30, 11], dtype=torch.int32)[:batch]
-    bounds = (prefix_keys, prefix_queries) if ranges else (None, None)
-    return MaskFunction(prefix, (counts,), *bounds, eager=_prefix)
+    return prefixed(torch.tensor([7, 19, 2, 30, 11], dtype=torch.int32)[:batch], ranges)
 
 
 def _features(name: str, batch: int) -> dict[str, Any]:
@@ -95,7 +31,7 @@ def _features(name: str, batch: int) -> dict[str, Any]:
         "score": {"score_mod": _score()},
         "mask": {"mask_mod": _mask(False, batch)},
         "ranges": {"mask_mod": _mask(True, batch)},
-        "strided": {"mask_mod": MaskFunction(strided, eager=_strided)},
+        "strided": {"mask_mod": striding()},
         "both": {"score_mod": _score(), "mask_mod": _mask(True, batch)},
     }[name]
 
@@ -155,7 +91,7 @@ def test_ranges_skip_blocks() -> None:
     """What lies outside the ranges is not read."""
     q, k, v = (torch.randn(2, 48, 2, 8) for _ in range(3))
     counts = torch.tensor([3, 5], dtype=torch.int32)
-    mask_mod = MaskFunction(prefix, (counts,), prefix_keys, prefix_queries)
+    mask_mod = prefixed(counts, True)
     expected = flash_attn_func(q[:, :16], k, v, mask_mod=mask_mod)
     k[:, 16:], v[:, 16:] = torch.nan, torch.nan
     assert torch.equal(flash_attn_func(q[:, :16], k, v, mask_mod=mask_mod), expected)
