@@ -96,10 +96,20 @@ def test_command(tmp_path: Path) -> None:
     assert "fwd causal 1 x 256 x 2 x 128" in done.output and "over math" in done.output
 
 
+def test_command_decodes(tmp_path: Path) -> None:
+    done = _bench("decode", "--quick", "--device", "cpu", "--output", str(tmp_path),
+                  "--feature", "queries 4", "--commit", "a" * 40)  # fmt: skip
+
+    assert done.exit_code == 0, done.output
+    [row] = json.loads((tmp_path / "quick" / "cpu" / "decode.json").read_text())["rows"]
+    assert (row["seqlen"], row["queries"], row["plain"]["queries"]) == (1024, 4, 1)
+    assert "decode queries 4 1 x 1,024 x 4/1 x 128" in done.output and "plain" in done.output
+
+
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        (("speed",), "'speed' is none of dense, features, memory, host"),
+        (("speed",), "'speed' is none of dense, features, memory, host, decode"),
         (("dense", "--mode", "both"), "'both' is none of fwd, bwd"),
         (("dense", "--provider", "xformers"), "'xformers' is none of flashtile"),
         (("features", "--feature", "swa"), "'swa' is none of full, causal, window"),

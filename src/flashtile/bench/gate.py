@@ -54,6 +54,13 @@ def draw(cell: Cell, work: Work, device: torch.device) -> Inputs:
     return Inputs(q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), dout)
 
 
+def assert_close(label: str, found: Tensor, exact: Tensor, limit: float = PEER_ERROR) -> None:
+    """Raise AssertionError if the relative error of another library's result is above a limit."""
+    error = float((found.detach().double() - exact).norm() / exact.double().norm())
+    if not error <= limit:
+        raise AssertionError(f"{label} has a relative error of {error:.2g}")
+
+
 class Gate:
     """Checks of one cell. Raises AssertionError where a result is wrong."""
 
@@ -85,9 +92,7 @@ class Gate:
         p = self._work.keywords.get("dropout_p", 0.0)
         # Dropped terms are noise of sqrt(p / (1 - p)) of a sum of independent ones.
         limit = PEER_ERROR if p == 0.0 else 2.0 * math.sqrt(p / (1.0 - p))
-        error = float((found.detach().double() - exact).norm() / exact.double().norm())
-        if not error <= limit:
-            raise AssertionError(f"{label} has a relative error of {error:.2g}")
+        assert_close(label, found, exact, limit)
 
     @cached_property
     def golden(self) -> list[Tensor]:

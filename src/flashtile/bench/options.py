@@ -38,7 +38,7 @@ class Options:
 
     def wants(self, cell: Cell) -> bool:
         return (
-            cell.head_dim in self.head_dims
+            (cell.head_dim in self.head_dims or self.head_dims == HEAD_DIMS)
             and (not self.seqlens or cell.seqlen in self.seqlens)
             and (not self.features or cell.feature in self.features)
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-from flashtile.bench import cpu, host, memory, record, speed, summary
+from flashtile.bench import cpu, decode, host, memory, record, speed, summary
 from flashtile.bench.claims import Claim, claims
 from flashtile.bench.options import Options
 
@@ -23,6 +23,7 @@ SUITES = {
     "features": Suite(speed.measure_features, summary.speed_line),
     "memory": Suite(memory.measure, summary.memory_line),
     "host": Suite(host.measure, summary.host_line),
+    "decode": Suite(decode.measure, summary.speed_line),
     "speed-float32": Suite(cpu.measure_float32, summary.cpu_line, "cpu"),
     "speed-bfloat16": Suite(cpu.measure_bfloat16, summary.cpu_line, "cpu"),
 }

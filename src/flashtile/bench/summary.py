@@ -47,7 +47,7 @@ def own(row: Row) -> list[tuple[str, str]]:
 def lines(document: Document) -> list[str]:
     """Geometric means of flashtile's speed over each provider's and over the best peer's figure,
     and the worst cell of each."""
-    if document["suite"] != "dense":
+    if document["suite"] not in ("dense", "decode"):
         return []
     rows, found, gpu = document["rows"], [], document["environment"].get("gpu", "")
     for mode in dict.fromkeys(row["mode"] for row in rows):
@@ -85,21 +85,30 @@ def cell_text(row: Row) -> str:
 def speed_line(row: Row) -> str:
     """A cell: flashtile's time and rate, and its speed over everyone else's."""
     others = ", ".join(f"{n} {_gain_text(row, n)}" for n in row["providers"] if n != "flashtile")
-    return f"{cell_text(row):44} {row['backend']:7} {_own_text(row)}; {others}"
+    text = f"{cell_text(row):44} {row['backend']:7} {_own_text(row)}"
+    return f"{text}; {others}" if others else text
 
 
 def _own_text(row: Row) -> str:
     ours = row["providers"].get("flashtile", {})
-    if "tflops" not in ours:
+    if "median_ms" not in ours:
         return f"no: {ours.get('reason', 'not asked')}"
-    return f"{ours['median_ms']:8.3f} ms {ours['tflops']:4.0f} TFLOP/s"
+    ms = ours["median_ms"]
+    time = f"{1e3 * ms:8.1f} us" if "tb_s" in ours else f"{ms:8.3f} ms"
+    return f"{time} {_rate_text(ours):>12}"
+
+
+def _rate_text(result: dict[str, Any]) -> str:
+    if "tb_s" in result:
+        return f"{result['tb_s']:.2f} TB/s"
+    return f"{result['tflops']:.0f} TFLOP/s"
 
 
 def _gain_text(row: Row, name: str) -> str:
     result, gain = row["providers"][name], ratio(row, name)
     if "reason" in result:
         return f"no: {result['reason'][:48]}"
-    return f"{result['tflops']:.0f} TFLOP/s" if gain is None else f"{gain:.2f}x"
+    return _rate_text(result) if gain is None else f"{gain:.2f}x"
 
 
 def memory_line(row: Row) -> str:

@@ -15,7 +15,9 @@ RESULTS = Path("benchmarks/results")
 def bench(
     suites: Annotated[
         list[str],
-        typer.Argument(help="dense, features, memory, host; on a CPU speed-float32, ...-bfloat16"),
+        typer.Argument(
+            help="dense, features, memory, host, decode; on a CPU speed-float32, ...-bfloat16"
+        ),
     ],
     output: Annotated[Path, typer.Option(help="Writes OUTPUT/<device>/<suite>.json.")] = RESULTS,
     device: Annotated[str | None, typer.Option(help="cpu or cuda. Default: the best.")] = None,
@@ -40,6 +42,7 @@ def bench(
     Providers take turns in rounds. Writes JSON after every cell, and says which of the project's
     claims the figures bear out.
     """
+    from flashtile.bench import decode
     from flashtile.bench.features import FEATURES
     from flashtile.bench.options import HEAD_DIMS, MODES, Options
     from flashtile.bench.providers import PROVIDERS
@@ -48,8 +51,8 @@ def bench(
 
     where = torch_device(device)
     for option, given, known in (
-        ("SUITES", suites, SUITES), ("--mode", mode, MODES), ("--feature", feature, FEATURES),
-        ("--provider", provider, PROVIDERS),
+        ("SUITES", suites, SUITES), ("--mode", mode, MODES), ("--provider", provider, PROVIDERS),
+        ("--feature", feature, (*FEATURES, *decode.FEATURES)),
     ):  # fmt: skip
         for name in given or ():
             if name not in known:
