@@ -74,6 +74,29 @@ def host(us: float = 10.0) -> dict[str, Any]:
     ])  # fmt: skip
 
 
+def cached(feature: str, batch: int, seqlen: int, heads: int = 32, **us: float) -> Any:
+    """A row of the suite decode; providers by their microseconds, for 1e8 bytes."""
+    latent = feature == "latent"
+    found = {
+        "feature": feature, "batch": batch, "seqlen": seqlen, "heads": heads,
+        "kv_heads": 1 if latent else 8, "head_dim": 576 if latent else 128, "bytes": 10**8,
+        "mode": "decode", "backend": "decode", "providers": {
+            name: {"median_ms": x / 1e3, "tb_s": 1e8 / x / 1e6} for name, x in us.items()},
+    }  # fmt: skip
+    return found | ({"plain": {"feature": "dense"}} if "plain" in us else {})
+
+
+def decode(**plain: float) -> dict[str, Any]:
+    """Two full rows, one beside cuDNN; calls of 100 us by the microseconds of the plain one."""
+    return document("decode", [
+        cached("dense", 32, 4096, flashtile=20.0, cudnn=25.0),
+        cached("dense", 1, 524288, flashtile=25.0),
+        *(cached(name.replace("_", " "), 32, 4096, flashtile=100.0, plain=us)
+          for name, us in plain.items()),
+        cached("latent", 32, 4096, 128, flashtile=40.0),
+    ])  # fmt: skip
+
+
 def _verdicts(document: dict[str, Any]) -> dict[str, bool]:
     return {claim.what: claim.holds for claim in claims(document)}
 
@@ -149,6 +172,38 @@ def test_memory_and_host_claims() -> None:
     assert [c.holds for c in claims(host(us=25.1))] == [False, False]
 
 
+def test_decode_claims() -> None:
+    """Full rows by the peers' figures of 4.02 and 4.42 TB/s, the others by the plain call."""
+    first, second, *others = claims(decode())
+    assert [(c.what, c.measured, c.limit, c.holds) for c in (first, second)] == [
+        ("TB/s, decode dense 32 x 4,096 x 32/8 x 128", pytest.approx(5.0), 4.02, True),
+        ("TB/s, decode dense 1 x 524,288 x 32/8 x 128", pytest.approx(4.0), 4.42, False),
+    ]
+    assert others == []
+    good = decode(page_16=96.0, page_1=88.0, e4m3_head=171.0, append=97.1, append_page_16=97.1,
+                  queries_4=88.0, queries_16=88.0, empty_rows=92.0, long_row=81.0)  # fmt: skip
+    assert [c.holds for c in claims(good)[2:]] == [True] * 9
+    bad = decode(page_16=94.0, page_1=86.0, e4m3_head=169.0, append=96.9, append_page_16=96.9,
+                 queries_4=86.0, queries_16=86.0, empty_rows=90.0, long_row=79.0)  # fmt: skip
+    assert [c.holds for c in claims(bad)[2:]] == [False] * 9
+    [appended] = claims(decode(append=98.0))[2:]
+    assert (appended.measured, appended.limit) == (pytest.approx(2.0), 3.0)
+    assert claims(decode(e4m3_token=100.0, e4m3_page_16=100.0))[2:] == []
+
+
+def test_decode_claims_over_peers_are_of_their_gpu() -> None:
+    elsewhere = decode(page_16=99.0)
+    elsewhere["environment"] = ENVIRONMENT | {"gpu": "NVIDIA H100"}
+    assert [c.what.partition(",")[0] for c in claims(elsewhere)] == ["decode page 16 32 x 4"]
+
+
+def test_a_call_that_failed_has_no_claims() -> None:
+    document = decode(page_16=99.0)
+    for found in document["rows"]:
+        found["providers"]["flashtile"] = {"reason": "out of row 0: rms error"}
+    assert claims(document) == []
+
+
 def test_geometric_means_and_worst_cells() -> None:
     found = summary.lines(dense())
     assert len(found) == 2 * 2 * 3  # modes, head dims, three peers: cudnn has no time
@@ -167,6 +222,14 @@ def test_lines_of_rows() -> None:
     assert "flashtile 10.0 us, fa3 no: absent" in summary.host_line(host()["rows"][0])
     assert "flashtile 1.0 MiB, math 16.0 MiB" in summary.memory_line(memory()["rows"][0])
     assert "10/2" not in line
+    first, *_, last = decode()["rows"]
+    assert "x 32/8 x 128         decode      20.0 us    5.00 TB/s; cudnn 1.25x" in (
+        summary.speed_line(first)
+    )
+    assert summary.speed_line(last).endswith(" 2.50 TB/s")
+    [over_cudnn, over_best] = summary.lines(decode())
+    assert "decode head dim 128 over cudnn             1.25x of  1 cells" in over_cudnn
+    assert "worst  0.90x: decode dense 1 x 524,288" in over_best
 
 
 def _folder(root: Path) -> Path:
@@ -174,7 +237,8 @@ def _folder(root: Path) -> Path:
     folder = root / tables.GPU
     folder.mkdir()
     measured = dense(**{"flashtile-triton": timed(2.0)})
-    for found in (measured, features(window=2.0, softcap=12.0), memory(), host()):
+    cached = decode(page_1=96.0, append=98.0)
+    for found in (measured, features(window=2.0, softcap=12.0), memory(), host(), cached):
         (folder / f"{found['suite']}.json").write_text(json.dumps(found))
     return folder
 
@@ -191,6 +255,11 @@ def test_tables_of_a_gpu(tmp_path: Path) -> None:
     assert "forward: 5.0x the speed of causal attention" in found["h200-features"]
     assert "| 2,048 | 2 MiB | not run | not run |" in found["h200-memory"]
     assert "| flashtile | 10.0 | 10.0 |" in found["h200-host"] and "fa3" not in found["h200-host"]
+    full, others = found["h200-decode"].split("Other caches")
+    assert "| 32 x 4,096 | 20.0 | 5.00 | 1.24x | 1.25x |" in full
+    assert "| 1 x 524,288 | 25.0 | 4.00 | 0.90x |  |" in full and "FlashAttention-2" not in full
+    assert "| pages of a token | 32 x 4,096 | 100.0 | 1.00 | 1.04x, +4.0 us: dense |" in others
+    assert "| MLA 576/512, pages of 64, 128 heads | 32 x 4,096 | 40.0 | 2.50 |  |" in others
     for name in ("dense", "portable", "features", "memory", "host"):
         lines = found[f"h200-{name}"].splitlines()
         assert "NVIDIA H200 (driver 580.1, CUDA 13.0, Triton 3.6.0), torch 2.11.0" in lines[-1]

@@ -8,12 +8,13 @@ from __future__ import annotations
 from statistics import geometric_mean
 from typing import NamedTuple
 
-from flashtile.bench.peers import over_best_peer
+from flashtile.bench.peers import best_of_peers, over_best_peer
 from flashtile.bench.summary import (
     Document,
     Row,
     against_plain,
     cell_text,
+    milliseconds,
     own,
     ratio,
     speedup,
@@ -53,6 +54,17 @@ was measured."""
 HOST_US = {"no_grad": 15.0, "autograd": 25.0}
 """The most that one eager call may take of the host."""
 
+DECODE_OVERHEADS = {
+    "page 16": 1.05, "page 1": 1.15, "queries 4": 1.15, "queries 16": 1.15, "empty rows": 1.10,
+}  # fmt: skip
+"""The most time that a call over a cache may take, in units of the plain one's."""
+
+DECODE_SPEEDUPS = {"e4m3 head": 1.70, "long row": 0.80}
+"""The least speed of others, in units of the plain one's."""
+
+APPEND_US = 3.0
+"""The most that appending a token to each row, turned, may add to the time of attention alone."""
+
 LINEAR = 2.05
 """The most that twice the tokens may take of memory."""
 
@@ -78,12 +90,16 @@ class Claim(NamedTuple):
 def claims(document: Document) -> list[Claim]:
     """Those that a suite's rows decide."""
     by_suite = {"dense": dense_claims, "features": feature_claims, "memory": memory_claims,
-                "host": host_claims}  # fmt: skip
+                "host": host_claims, "decode": decode_claims}  # fmt: skip
     suite, gpu = document["suite"], document["environment"].get("gpu")
     if gpu is None or suite not in by_suite:
         return []
-    over_peers = peer_claims(document["rows"], gpu) if suite == "dense" else []
-    return by_suite[suite](document["rows"]) + over_peers
+    found = by_suite[suite](document["rows"])
+    if suite == "dense":
+        found += peer_claims(document["rows"], gpu)
+    elif suite == "decode":
+        found = bandwidth_claims(document["rows"], gpu) + found
+    return found
 
 
 def dense_claims(rows: list[Row]) -> list[Claim]:
@@ -167,3 +183,36 @@ def host_claims(rows: list[Row]) -> list[Claim]:
         for row in rows
         if (us := row["providers"].get("flashtile", {}).get("median_us")) is not None
     ]
+
+
+def bandwidth_claims(rows: list[Row], gpu: str) -> list[Claim]:
+    """Decoding at the best figure of any peer."""
+    return [
+        Claim(f"TB/s, {cell_text(row)}", ours, best, True)
+        for row in rows
+        if (best := best_of_peers(row, gpu)) is not None
+        and (ours := row["providers"].get("flashtile", {}).get("tb_s")) is not None
+    ]
+
+
+def decode_claims(rows: list[Row]) -> list[Claim]:
+    """Calls over a cache beside the plain ones that took turns with them."""
+    return [claim for row in rows for claim in _decode_claims(row)]
+
+
+def _decode_claims(row: Row) -> list[Claim]:
+    feature, gain = row["feature"], speedup(row)
+    ours, alone = milliseconds(row, "flashtile"), milliseconds(row, "plain")
+    if gain is None or ours is None or alone is None:
+        return []
+    text, plain = cell_text(row), row["plain"]["feature"]
+    if feature.startswith("append"):
+        added = 1e3 * (ours - alone)
+        return [Claim(f"{text}, microseconds over {plain}", added, APPEND_US, False)]
+    if feature in DECODE_SPEEDUPS:
+        least = DECODE_SPEEDUPS[feature]
+        return [Claim(f"{text}, speed over {plain}", gain, least, True)]
+    if feature in DECODE_OVERHEADS:
+        most = DECODE_OVERHEADS[feature]
+        return [Claim(f"{text}, time over {plain}", 1.0 / gain, most, False)]
+    return []

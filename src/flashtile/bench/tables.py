@@ -27,6 +27,21 @@ FEATURES = {
     "varlen": "causal, packed lognormal lengths",
 }
 
+DECODE = {
+    "page 16": "pages of 16 tokens",
+    "page 1": "pages of a token",
+    "e4m3 head": "e4m3, a scale for each head",
+    "e4m3 token": "e4m3, a scale for each token and head",
+    "e4m3 page 16": "e4m3, a scale for each head, pages of 16",
+    "append": "a token appended, rotary embedding",
+    "append page 16": "a token appended, rotary embedding, pages of 16",
+    "queries 4": "4 queries, causal",
+    "queries 16": "16 queries, causal",
+    "empty rows": "one row, the others empty, pages of 16",
+    "long row": "one row, the others of 1,024, pages of 16",
+    "latent": "MLA 576/512, pages of 64",
+}
+
 PEERS = {"fa2": "FlashAttention-2", "efficient": "SDPA with a mask", "flex": "FlexAttention"}
 
 
@@ -40,6 +55,7 @@ def fill_in(results: Path) -> dict[str, str]:
         f"{GPU}-features": features,
         f"{GPU}-memory": memory,
         f"{GPU}-host": host,
+        f"{GPU}-decode": decode,
     }
     return {name: make(results) for name, make in makers.items()}
 
@@ -185,6 +201,61 @@ def host(results: Path) -> str:
             text = PEERS.get(name, name)
             lines.append(_line(text, *("" if us is None else f"{us:.1f}" for us in costs)))
     return "\n".join((*lines, "", _source(document, GPU)))
+
+
+def decode(results: Path) -> str:
+    """TB/s of full rows over the peers', and what else a cache may be beside the plain one."""
+    document = read(results / GPU / "decode.json")
+    if document is None:
+        return ""
+    rows, gpu = document["rows"], document["environment"]["gpu"]
+    dense = [row for row in rows if row["feature"] == "dense"]
+    known = {"fa2": "FlashAttention-2", "cudnn": "cuDNN", "flash-attn": "flash-attn", "fa3": "FA3"}
+    peers = [name for name in known if any(ratio(row, name) for row in dense)]
+    lines = [
+        "A decoded token, bf16, 32 heads on 8 KV heads of dim 128, by CUDA graphs with a cold L2 "
+        "cache: time, TB/s of K and V,",
+        "that over the best figure of any peer, and how many times faster than the peers in the "
+        "same run.",
+        "",
+        _header("batch x tokens", "us", "TB/s", "best peer", *(known[name] for name in peers)),
+    ]
+    for row in dense:
+        gains = over_best_peer(row, gpu), *(ratio(row, name) for name in peers)
+        lines.append(_line(_size(row), *_decoded(row), *(_both([x], "x") for x in gains)))
+    return "\n".join((*lines, "", *_other_caches(rows), "", _source(document, GPU)))
+
+
+def _other_caches(rows: list[Row]) -> list[str]:
+    header = _header("", "batch x tokens", "us", "TB/s", "time over the other's")
+    lines = ["Other caches and calls, beside the one in the last column.", "", header]
+    for row in rows:
+        if row["feature"] in DECODE:
+            heads = f", {row['heads']} heads" if row["feature"] == "latent" else ""
+            text = DECODE[row["feature"]] + heads
+            lines.append(_line(text, _size(row), *_decoded(row), _beside(row)))
+    return lines
+
+
+def _size(row: Row) -> str:
+    return f"{row['batch']:,} x {row['seqlen']:,}"
+
+
+def _decoded(row: Row) -> tuple[str, str]:
+    """Microseconds and TB/s."""
+    ours = row["providers"].get("flashtile", {})
+    if "tb_s" not in ours:
+        return "", ""
+    return f"{1e3 * ours['median_ms']:.1f}", f"{ours['tb_s']:.2f}"
+
+
+def _beside(row: Row) -> str:
+    """The time in units of the plain call's, and what it is more or less."""
+    ours, plain = milliseconds(row, "flashtile"), milliseconds(row, "plain")
+    if ours is None or plain is None:
+        return ""
+    other = row["plain"]["feature"]
+    return f"{ours / plain:.2f}x, {1e3 * (ours - plain):+.1f} us: {DECODE.get(other, other)}"
 
 
 def cpu_speed(results: Path) -> str:
