@@ -129,18 +129,27 @@ VARIANTS: dict[str, Callable[[], dict[str, Any]]] = {
 QUERIES = {"decode": 1, "decode-latent": 1, "decode-tall": 16, "decode-pages": 4, "decode-e4m3": 1}
 """Queries of a sequence of the variants that do not have TOKENS."""
 
-DIMS = ((64, 64), (128, 128), (256, 256), (512, 512))
-"""One head dim for each column of the tile tables in `tiles`."""
-
-SMALL_DIMS = ((16, 16), (32, 32))
-"""Head dims whose tiles an architecture of little shared memory need not shrink."""
+DIMS = ((512, 512), (256, 256), (128, 128), (64, 64), (32, 32), (16, 16))
+"""One head dim for each column of the tile tables in `tiles`, and smaller ones whose tiles an
+architecture of little shared memory need not shrink. The widest first: what has its tile is not
+compiled again."""
 
 MIXED_DIMS = (192, 128)
 """A padded head dim, and values narrower than the keys."""
 
-FEATURES = ("documents", "bias", "varlen")
-"""Variants that change forward and backward and have all features but the cache's between them:
-each alone took 220 of 480 CPU seconds."""
+ALWAYS = ("attention_forward", "prepare_backward", "list_blocks", "classify_blocks")
+
+DQ, DKDV, DBIAS = "attention_backward_dq", "attention_backward_dkdv", "attention_backward_dbias"
+
+FEATURES = (
+    ("documents", (128, 128), (*ALWAYS, DKDV)),
+    ("bias", (192, 192), (*ALWAYS, DQ, DBIAS)),
+    ("varlen", (128, 64), (*ALWAYS, DKDV)),
+)
+"""Variants that change forward and backward and have all features but the cache's between them,
+beside a padded head dim and narrower values: a third of all CPU seconds. dQ and dK/dV compute
+scores and their gradients with the same functions, so a feature is compiled in one of them but on
+Hopper, whose tiles are measured."""
 
 HOPPER = "sm_90"
 
@@ -151,38 +160,33 @@ COMMON_DIMS = ((64, 64), (96, 96), (128, 128), (256, 256))
 
 
 def every_case() -> list[Case]:
-    """Every tile that a plan can choose, and every feature at head_dim 128."""
-    plain = [dims for dims in DIMS if dims != (128, 128)]
-    cases = [Case("causal", "bfloat16", *dims) for dims in (*plain, MIXED_DIMS)]
-    cases += [Case("causal", "float32", *dims) for dims in DIMS]
-    cases += [Case(name, "bfloat16", 128, 128) for name in FEATURES]
-    # Backward gathers pages first; without masks, and in fp16, the mainloops are causal bf16's.
-    forward = ("attention_forward",)
-    cases.append(Case("paged", "bfloat16", 128, 128, forward))
-    cases.append(Case("full", "float16", 128, 128, forward))
+    """Every feature, and every tile that a plan can choose with the widest head dim that has it."""
+    cases = [Case(name, "bfloat16", *dims, kernels) for name, dims, kernels in FEATURES]
+    cases += [Case(name, "bfloat16", *dims, only=HOPPER) for name, dims, _ in FEATURES]
+    # Backward gathers pages first; without masks the mainloops are those of causal calls.
+    cases.append(Case("paged", "float16", 128, 128, ("attention_forward",)))
+    cases.append(Case("full", "float16", 128, 128, only=HOPPER))
     cases.append(Case("packed", "bfloat16", 128, 128, HOPPER_BACKWARD, only=HOPPER))
-    cases.append(Case("full", "float16", 128, 128, HOPPER_BACKWARD, only=HOPPER))
-    cases.append(Case("full", "bfloat16", 64, 64, HOPPER_BACKWARD, only=HOPPER))
-    cases += [Case("causal", "bfloat16", dim, dim, HOPPER_BACKWARD, tokens=SHORT, only=HOPPER)
-              for dim in (64, 128)]  # fmt: skip
-    cases.append(Case("causal", "bfloat16", 64, 64, forward, tokens=LONG))
-    cases.append(Case("causal", "bfloat16", 128, 128, forward, tokens=FEW))
-    cases += [Case(name, "bfloat16", 128, 128) for name in ("decode", "decode-pages")]
-    cases += [Case(f"decode-{name}", "bfloat16", 128, 128, only=HOPPER)
-              for name in ("tall", "e4m3")]  # fmt: skip
+    cases.append(Case("decode-pages", "bfloat16", 128, 128))
+    cases += [Case(name, "bfloat16", 128, 128, only=HOPPER)
+              for name in ("decode", "decode-tall", "decode-e4m3")]  # fmt: skip
     cases.append(Case("decode-latent", "bfloat16", 576, 512, only=HOPPER))
     # A bias launches every kernel, with the tiles that causality alone does not choose.
-    kinds = ("bias", "scores", "dropout", "masked dropout", "causal")
+    kinds = ("causal", "bias", "scores", "dropout", "masked dropout")
     cases += [
-        Case(name, dtype, *dims, new_tiles=True) for name in kinds
-        for dtype in ("bfloat16", "float32") for dims in (*DIMS, *SMALL_DIMS)
+        Case(name, dtype, *dims, new_tiles=True) for dims in DIMS for name in kinds
+        for dtype in ("bfloat16", "float32")
     ]  # fmt: skip
-    return cases
+    # The tiles of the Hopper kernels depend on more.
+    hopper = [Case("causal", "bfloat16", *MIXED_DIMS), Case("full", "bfloat16", 64, 64)]
+    hopper += [Case("causal", "bfloat16", dim, dim, tokens=tokens)
+               for dim, tokens in ((64, SHORT), (128, SHORT), (64, LONG), (128, FEW))]  # fmt: skip
+    return cases + [case._replace(new_tiles=True, only=HOPPER) for case in hopper]
 
 
 def device_cases() -> list[Case]:
     """What `every_case` has, and what calls on a GPU ask for most."""
-    return every_case() + [
+    return every_case() + [Case("decode", "bfloat16", 128, 128)] + [
         Case(name, dtype, *dims) for dtype in ("bfloat16", "float16") for dims in COMMON_DIMS
         for name in ("causal", "full")
     ] + [

@@ -81,13 +81,13 @@ def _name(kernel: Any) -> str:
     return f"{kernel.__module__}.{kernel.__name__}"
 
 
-def tiling(launch: Launch) -> tuple[Any, ...]:
-    """How the plan tiles a kernel. Head dims under 64 need less of everything than 64 does."""
+def tiling(launch: Launch) -> tuple[tuple[Any, ...], int]:
+    """(how the plan tiles a kernel, the head dims it is compiled for where that does not say)."""
     kernel, _, _, *options = launch
-    tile = tile_of(launch)
+    tile, edges, dims = tile_of(launch), None, 0
     if isinstance(tile, Tile):
-        tile = tile.block_m, tile.block_n, max(64, tile.padded, tile.padded_v)
-    return _name(kernel), tile, *options
+        edges, dims = (tile.block_m, tile.block_n), tile.padded + tile.padded_v
+    return (_name(kernel), edges or tile, *options), dims
 
 
 def signature(launch: Launch) -> str:

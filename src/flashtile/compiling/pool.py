@@ -34,7 +34,8 @@ def jobs(archs: Sequence[str], cases: Sequence[Case]) -> list[Job]:
     """Every kernel of the cases once for each kind of machine, those that take longest first.
 
     Of what two architectures share the first is compiled; the second adds the tiles that it has
-    for itself, with the first of the cases that has them.
+    for itself, with the first of the cases that has them. A tile is not new for narrower head dims,
+    which need less of everything.
     """
     from triton import knobs  # noqa: PLC0415, triton is optional
 
@@ -44,29 +45,30 @@ def jobs(archs: Sequence[str], cases: Sequence[Case]) -> list[Job]:
         raise RuntimeError("TRITON_INTERPRET is set: the interpreter compiles nothing")
     found: dict[tuple[str, str], Job] = {}
     owners: dict[str, str] = {}
-    tiles = set()
+    widest: dict[tuple[Any, ...], int] = {}
     for arch in archs:
         for case in (case for case in cases if case.only in ("", arch)):
             for place, launch in enumerate(launches(case, arch)):
                 job = Job(arch, case, place, launch.kernel.__name__)
                 if case.kernels and job.kernel not in case.kernels:
                     continue
-                machine, tile = machine_of(job), tile_of(job, launch)
+                machine, (tile, dims) = machine_of(job), tile_of(job, launch)
                 owner, key = owners.setdefault(machine, arch), (machine, signature(launch))
-                same = found.get(key)
+                same, new = found.get(key), dims > widest.get(tile, -1)
                 if same is not None and arch not in (same.arch, *same.also):
                     found[key] = same._replace(also=(*same.also, arch))
-                elif same is None and (tile not in tiles or (arch == owner and not case.new_tiles)):
+                elif same is None and (new or (arch == owner and not case.new_tiles)):
                     found[key] = job
-                tiles.add(tile)
+                widest[tile] = max(dims, widest.get(tile, -1))
     return sorted(found.values(), key=_weight, reverse=True)
 
 
-def tile_of(job: Job, launch: Launch) -> tuple[Any, ...]:
-    """What a kernel's tile is a choice for: both 16-bit dtypes have the same."""
+def tile_of(job: Job, launch: Launch) -> tuple[tuple[Any, ...], int]:
+    """(what a kernel's tile is a choice for, its head dims): both 16-bit dtypes have the same."""
     from flashtile.compiling.launches import tiling  # noqa: PLC0415
 
-    return machine_of(job), job.case.dtype == "float32", *tiling(launch)
+    tile, dims = tiling(launch)
+    return (machine_of(job), job.case.dtype == "float32", *tile), dims
 
 
 def machine_of(job: Job) -> str:
