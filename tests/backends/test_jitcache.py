@@ -119,7 +119,7 @@ def test_a_binary_that_does_not_load_is_rebuilt_once(tmp_path: Path) -> None:
 
 
 def test_cold_processes_share_one_cache(tmp_path: Path) -> None:
-    processes = [Process(tmp_path, []) for _ in range(4)]
+    processes = [Process(tmp_path, []) for _ in range(2)]
     sizes = {process.results()[0][0] for process in processes}
 
     assert len(sizes) == 1

@@ -28,8 +28,9 @@ def _peak(attention: Any, seqlen: int, heads: int = 1, **keywords: Any) -> int:
 
 @pytest.mark.parametrize("keywords", PATHS, ids=lambda k: "-".join(k) or "plain")
 def test_memory_is_linear_in_sequence_length(keywords: dict[str, Any]) -> None:
-    """R^2 > 0.999 from 1k to 8k tokens (16k and standard attention's curve: benchmarks)."""
-    seqlens = torch.tensor([1024.0, 2048.0, 4096.0, 8192.0], dtype=torch.float64)
+    """R^2 > 0.999 from 1k to 4k tokens (16k and standard attention's curve: benchmarks). A square
+    has 0.98."""
+    seqlens = torch.tensor([1024.0, 2048.0, 4096.0], dtype=torch.float64)
     peaks = [_peak(flash_attn_func, int(n), **keywords) for n in seqlens]
     y = torch.tensor(peaks, dtype=torch.float64)
     assert torch.corrcoef(torch.stack((seqlens, y)))[0, 1] ** 2 > 0.999, peaks

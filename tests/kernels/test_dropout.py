@@ -44,11 +44,14 @@ def _kept(state: Tensor, p: float, heads: int, at: tuple[int, int], q: Tensor, k
     return keep_mask(state, p, head, q[:, None], k)
 
 
-@pytest.mark.parametrize("state", STATES, ids=str)
-@pytest.mark.parametrize("p", [0.0001, 0.17, 0.5, 0.9999, 1.0])
+PROBABILITIES = (0.0001, 0.17, 0.5, 0.9999, 1.0)
+
+
+@pytest.mark.parametrize("p", PROBABILITIES)
 @pytest.mark.parametrize(("m", "n"), [(16, 16), (32, 16), (16, 64), (64, 32)])
-def test_tiles_anywhere(state: tuple[int, int], p: float, m: int, n: int) -> None:
-    """Every tile shape, far along both sequences, in a late batch and head."""
+def test_tiles_anywhere(p: float, m: int, n: int) -> None:
+    """Every tile shape, far along both sequences, in a late batch and head; states rotate."""
+    state = STATES[(PROBABILITIES.index(p) + (m + 2 * n) // 16) % 3]
     rng_state = torch.tensor(state)
     dropout = Dropout(rng_state, float(drop_threshold(p)), 1.0, opaque(7))
     for batch, head, first_q, first_k in ((0, 0, 0, 0), (3, 5, 48, 160), (9000, 6, 2**20, 2**24)):
