@@ -205,17 +205,24 @@ def _with_kvcache(*args: Any) -> tuple[Tensor, Tensor]:
     new, flat = cache.NewTokens(*args[:_NEW]), args[_NEW:]
     values.check_append(Call.unflatten(flat), new)
     form, tensors = Form.of(flat)
-    *parts, interleaved = new
-    given, count = tuple(x is not None for x in parts), len(tensors)
+    given, count = _given(new), len(tensors)
 
     def compute(tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         call, rest = Call.unflatten(tuple(form.flat(tensors[:count]))), iter(tensors[count:])
         which = (next(rest) if is_given else None for is_given in given)
-        again: tuple[Any, ...] = *which, interleaved
+        again: tuple[Any, ...] = *which, new.rotary_interleaved
         return cached.forward(call, cache.NewTokens(*again), _plan, _forward_of)
 
-    kind = "cache", plan, form, given, interleaved
-    return _run(kind, [*tensors, *(x for x in parts if isinstance(x, Tensor))], compute)
+    return _run(kind_of_cache(form, new), [*tensors, *new.tensors()], compute)
+
+
+def kind_of_cache(form: Form, new: cache.NewTokens) -> tuple[Any, ...]:
+    """What a call over a cache depends on besides its tensors."""
+    return "cache", plan, form, _given(new), new.rotary_interleaved
+
+
+def _given(new: cache.NewTokens) -> tuple[bool, ...]:
+    return tuple(x is not None for x in new[:-1])
 
 
 def _classify(*args: Any) -> Tensor:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from flashtile import flash_attn_with_kvcache, reference, values
+from flashtile import flash_attn_with_kvcache, ops, reference, values
 from flashtile.backends import append as backend
 from flashtile.testing import assert_within_budget, fence
 from flashtile.testing.caches import (
@@ -87,12 +87,77 @@ def _outcome(
     return flash_attn_with_kvcache(q, k_cache, v_cache, **keywords), k_cache
 
 
-def test_replays_append_to_the_caches_they_are_given() -> None:
-    drawn = draw_cache_case(CACHE_CASES["page 7"], torch.float32)
+def _refuse(*_: Any) -> None:
+    raise AssertionError("the long way was taken")
+
+
+@pytest.mark.parametrize(
+    "name", ["dense rotary pairs", "page 7", "remapped", "ragged pages", "fp8 token pages"]
+)
+def test_replays_append_to_the_caches_they_are_given(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Later calls of a kind, of other tensors and lengths, do not meet the operator."""
     with interpreted(16, 16, capacity=16):
-        for _ in range(3):
+        for turn in range(3):
+            drawn = draw_cache_case(CACHE_CASES[name], torch.float32)
+            drawn.keywords["cache_seqlens"].sub_(turn).clamp_(min=0)
             check_cache_case(drawn, causal=True)
-            drawn = draw_cache_case(CACHE_CASES["page 7"], torch.float32)
+            monkeypatch.setattr(ops, "with_kvcache", _refuse)
+
+
+@pytest.mark.parametrize("prefixed", [False, True])
+def test_replays_of_calls_that_append_nothing(
+    prefixed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with interpreted(16, 16, capacity=16):
+        for turn in range(3):
+            q, lengths = torch.randn(2, 3, 4, 8), _ints(17 - turn, 40)
+            caches, prefix = torch.randn(2, 2, 40, 2, 8), torch.randn(2, 9, 2, 8)
+            keywords = {"prefix": tuple(prefix)} if prefixed else {}
+            found = flash_attn_with_kvcache(
+                q, *caches, cache_seqlens=lengths, causal=True, **keywords
+            )
+            if prefixed:  # before the cache's tokens, whose number then is the longest
+                rows = [torch.cat((p.expand(2, -1, -1, -1), x), 1)
+                        for p, x in zip(prefix, caches, strict=True)]  # fmt: skip
+                caches, lengths = torch.stack(rows), lengths + 9
+            golden, _, _ = reference.attention_with_kvcache(
+                q, *caches, cache_seqlens=lengths, causal=True
+            )
+            torch.testing.assert_close(found, golden.out.float(), rtol=1e-5, atol=1e-5)
+            monkeypatch.setattr(ops, "with_kvcache" if prefixed else "forward", _refuse)
+
+
+@pytest.mark.parametrize("change", ["lengths", "out", "mask"])
+def test_what_is_no_metadata_takes_the_operator(
+    change: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An int's tensor is the operator's own, and the int none of the key's."""
+    drawn = draw_cache_case(CacheCase(), torch.float32)
+    changes: dict[str, Any] = {
+        "lengths": {"cache_seqlens": 3}, "out": {"out": torch.empty_like(drawn.q)},
+        "mask": {"tree_mask": torch.ones(1, 1, dtype=torch.bool)},
+    }[change]  # fmt: skip
+    with interpreted(16, 16, capacity=16):
+        for _ in range(2):
+            flash_attn_with_kvcache(drawn.q, *drawn.caches, **drawn.keywords | changes)
+        monkeypatch.setattr(ops, "with_kvcache", _refuse)
+        with pytest.raises(AssertionError, match="the long way"):
+            flash_attn_with_kvcache(drawn.q, *drawn.caches, **drawn.keywords | changes)
+
+
+def test_a_replay_refuses_gradients_as_the_first_call_does() -> None:
+    drawn = draw_cache_case(CacheCase(), torch.float32)
+    with interpreted(16, 16, capacity=16):
+        flash_attn_with_kvcache(drawn.q, *drawn.caches, **drawn.keywords)
+        before = drawn.caches[0].clone()
+        drawn.keywords["k"].requires_grad_()
+        with pytest.raises(ValueError, match="requires grad"):
+            flash_attn_with_kvcache(drawn.q, *drawn.caches, **drawn.keywords)
+        assert torch.equal(drawn.caches[0], before)
+        with torch.no_grad():
+            flash_attn_with_kvcache(drawn.q, *drawn.caches, **drawn.keywords)
 
 
 BAD: dict[str, dict[str, Any]] = {

@@ -20,6 +20,7 @@ from torch.autograd import forward_ad
 
 from flashtile import config, ops
 from flashtile.backends import replays
+from flashtile.backends.cache import NewTokens
 from flashtile.problem import Call, latent
 
 ALIKE = 4
@@ -37,7 +38,7 @@ class Warm(NamedTuple):
     repeats: tuple[tuple[int, int], ...]  # places of the others, each beside that of its like
     check: Callable[..., bool]  # types, sizes, strides, devices, grads, transforms and modes
     alignment: list[int]
-    latent: bool  # whether v lies in k
+    latent: bool | None  # whether v lies in k; None where it is as wide
     switches: tuple[Any, ...]
     run: Callable[..., tuple[Tensor, Tensor]]
     form: ops.Form
@@ -52,7 +53,7 @@ def again(given: tuple[Any, ...], tensors: Sequence[Tensor | None]) -> Any:
     if torch.compiler.is_compiling():
         return None
     try:
-        alike = _kept.get(_kind(given, tensors))
+        alike = _kept.get(_key(given, tensors))
     except (AttributeError, TypeError):  # no tensor, or a list for a tuple, which has no hash
         return None
     if alike is None:
@@ -71,29 +72,38 @@ def _fits(known: Warm, tensors: Sequence[Any]) -> bool:
         known.check(*checked)
         and known.alignment == _alignment(checked)
         and not (known.repeats and any(tensors[i] is not tensors[j] for i, j in known.repeats))
-        and (not known.latent or latent(tensors[1], tensors[2]))
+        and (known.latent is None or known.latent == latent(tensors[1], tensors[2]))
     )
 
 
-def remember(given: tuple[Any, ...], tensors: Sequence[Tensor | None], call: Call) -> None:
+def remember(
+    given: tuple[Any, ...],
+    tensors: Sequence[Tensor | None],
+    call: Call,
+    new: NewTokens | None = None,
+) -> None:
     """Let calls like one that has just succeeded lead to its replay, if nobody was there to see it
-    and if its operator got the tensors that the user gave: not copies of them, nor others."""
+    and if its operator got the tensors that the user gave: not copies of them, nor others. new: of
+    a call whose operator is `with_kvcache`."""
     q, k, v = call.operands[:3]
     if not (ops.classifies(q.device.type) and _guards and ops.unseen(tensors)) or _cast(q, k, v):
         return
     form, those = ops.Form.of(call.flat())
+    kind = ops.kind_of_forward(form)
+    if new is not None:
+        kind, those = ops.kind_of_cache(form, new), [*those, *new.tensors()]
     these = [x for x in tensors if x is not None]
     same = len(these) == len(those) and all(x is y for x, y in zip(these, those, strict=True))
     # What is not a number, such as a tensor for the scale, may have another value next time.
     if not same or not _HASHED.issuperset(map(type, _leaves(given))):
         return
-    run = replays.find(replays.key_of(ops.kind_of_forward(form), those))
+    run = replays.find(replays.key_of(kind, those))
     if run is None:
         return
     if len(_kept) >= replays.CAPACITY:
         _kept.clear()
-    kind, known = _kind(given, tensors), _warm(tensors, run, form)
-    _kept[kind] = (known, *_kept.get(kind, ()))[:ALIKE]
+    key, known = _key(given, tensors), _warm(tensors, run, form)
+    _kept[key] = (known, *_kept.get(key, ()))[:ALIKE]
 
 
 def _warm(tensors: Sequence[Any], run: Callable[..., Any], form: ops.Form) -> Warm:
@@ -102,11 +112,12 @@ def _warm(tensors: Sequence[Any], run: Callable[..., Any], form: ops.Form) -> Wa
     repeats = tuple((i, j) for i, j in enumerate(first) if tensors[i] is not None and i != j)
     guards = _guards(*checked(tensors), dynamic_dims_sizes=None, dynamic_dims_strides=None)
     q, k, v, *_ = tensors
-    return Warm(checked, repeats, guards.check, _alignment(checked(tensors)), latent(k, v),
+    shares = latent(k, v) if v.shape[-1] < k.shape[-1] else None
+    return Warm(checked, repeats, guards.check, _alignment(checked(tensors)), shares,
                 _switches(q), run, form)  # fmt: skip
 
 
-def _kind(given: tuple[Any, ...], tensors: Sequence[Any]) -> tuple[Any, ...]:
+def _key(given: tuple[Any, ...], tensors: Sequence[Any]) -> tuple[Any, ...]:
     """Part of what a call depends on: enough to find the few like it."""
     q, k = tensors[0], tensors[1]
     return given, q.shape, k.shape, q.dtype, *map(type, tensors)

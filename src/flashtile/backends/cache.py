@@ -29,6 +29,10 @@ class NewTokens(NamedTuple):
     prefix_v: Tensor | None = None
     rotary_interleaved: bool = True
 
+    def tensors(self) -> list[Tensor]:
+        """Those that a call has."""
+        return [x for x in self if isinstance(x, Tensor)]
+
 
 class _Tokens(NamedTuple):
     """Tokens of all sequences, one after another."""
