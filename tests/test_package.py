@@ -24,7 +24,7 @@ LAYERS = (
     ("hopper_backward_tiles",),
     ("checks", "kernels", "mods", "plan", "reference"),
     ("backends",),
-    ("values",),
+    ("observers", "values"),
     ("ops",),
     ("explain", "api"),
     ("",),  # flashtile itself

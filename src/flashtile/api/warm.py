@@ -21,6 +21,7 @@ from torch.autograd import forward_ad
 from flashtile import config, ops
 from flashtile.backends import replays
 from flashtile.backends.cache import NewTokens
+from flashtile.observers import hears_functions, unseen
 from flashtile.problem import Call, latent
 
 ALIKE = 4
@@ -86,7 +87,7 @@ def remember(
     and if its operator got the tensors that the user gave: not copies of them, nor others. new: of
     a call whose operator is `with_kvcache`."""
     q, k, v = call.operands[:3]
-    if not (ops.classifies(q.device.type) and _guards and ops.unseen(tensors)) or _cast(q, k, v):
+    if not (ops.classifies(q.device.type) and _guards and unseen(tensors)) or _cast(q, k, v):
         return
     form, those = ops.Form.of(call.flat())
     kind = ops.kind_of_forward(form)
@@ -131,7 +132,7 @@ def _switches(q: Tensor) -> tuple[Any, ...]:
     """What a call depends on besides its arguments."""
     return (
         ops.plan, config.allow_tf32, config.checked, torch.are_deterministic_algorithms_enabled(),
-        forward_ad._current_level, ops.hears_functions(), _autocast(q),
+        forward_ad._current_level, hears_functions(), _autocast(q),
         torch.cuda.current_device() if q.is_cuda else None,
     )  # fmt: skip
 

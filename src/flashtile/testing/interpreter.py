@@ -7,7 +7,7 @@ computes bfloat16 wrongly without a word, so a bfloat16 problem is refused.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -25,6 +25,43 @@ def _convert(triton_own: Any, x: Any, source: Any, target: Any, rounding: Any) -
     if str(target) != "fp8e4nv":
         return triton_own(x, source, target, rounding)
     return torch.from_numpy(x).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
+
+
+def _patching_once(interpreter: Any) -> Callable[..., Any]:
+    """Triton's own call of a device function patches its language every time: half the time. The
+    launch has done it for our kernels, the first call does for each of Triton's modules."""
+    patch_and_call, patched = interpreter.InterpretedFunction.__call__, set()
+
+    def call(function: Any, *args: Any, **kwargs: Any) -> Any:
+        module = function.fn.__module__
+        if module.startswith("flashtile.") or module in patched:
+            return function.rewrite()(*args, **kwargs)
+        patched.add(module)
+        return patch_and_call(function, *args, **kwargs)
+
+    return call
+
+
+def _dtype_table(triton_own: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Triton's own builds a table of all dtypes at every call: 7% of the time."""
+    known: dict[str, Any] = {}
+
+    def numpy_dtype(x: Any) -> Any:
+        if x.name not in known:
+            known[x.name] = triton_own(x)
+        return known[x.name]
+
+    return numpy_dtype
+
+
+def _why_not(name: str, _: plan.Device) -> str | None:
+    return "not interpreted" if name == "hopper" else None
+
+
+def _cannot(name: str, what: problem.AttentionProblem, _: plan.Device) -> str | None:
+    if name == "triton" and what.dtype not in ("float32", "float16"):
+        raise TypeError(f"q has dtype {what.dtype}; the interpreter knows fp32 and fp16")
+    return None
 
 
 @contextmanager
@@ -52,51 +89,25 @@ def interpreted(
     from flashtile.kernels import blocks, schedule  # noqa: PLC0415
 
     options = replace(interpreter.interpreter_builder.options, sanitize_overflow=False)
-    patch_and_call, patched = interpreter.InterpretedFunction.__call__, set()
-
-    def call(function: Any, *args: Any, **kwargs: Any) -> Any:
-        """Triton's own patches its language at every call of a device function: half the time. The
-        launch has done it for our kernels, the first call does for each of Triton's modules."""
-        module = function.fn.__module__
-        if module.startswith("flashtile.") or module in patched:
-            return function.rewrite()(*args, **kwargs)
-        patched.add(module)
-        return patch_and_call(function, *args, **kwargs)
-
-    numpy_dtype, known = interpreter._get_np_dtype, {}
-
-    def numpy_dtype_of(x: Any) -> Any:
-        """Triton's own builds a table of all dtypes at every call: 7% of the time."""
-        if x.name not in known:
-            known[x.name] = numpy_dtype(x)
-        return known[x.name]
 
     def small(*_: Any) -> KernelConfigs:
         return KernelConfigs(row, row, column, row)
-
-    def why_not(name: str, _: plan.Device) -> str | None:
-        return "not interpreted" if name == "hopper" else None
-
-    def cannot(name: str, what: problem.AttentionProblem, _: plan.Device) -> str | None:
-        if name == "triton" and what.dtype not in ("float32", "float16"):
-            raise TypeError(f"q has dtype {what.dtype}; the interpreter knows fp32 and fp16")
-        return None
 
     plan.plan.cache_clear()
     with (
         patch.object(problem, "MASK_BLOCK", list_block),
         patch.object(blocks, "LIST_BLOCK", constexpr(list_block)),
         patch.object(schedule, "LIST_BLOCK", constexpr(list_block)),
-        patch.object(plan, "_why_not", why_not),
-        patch.object(plan, "_cannot", cannot),
+        patch.object(plan, "_why_not", _why_not),
+        patch.object(plan, "_cannot", _cannot),
         patch.object(plan, "configs", small),
         patch.object(replays, "CAPACITY", capacity),
         patch.object(replays, "_replays", {}),
         patch.object(warm, "_kept", {}),
         patch.object(ops, "classifies", lambda device_type: True),
-        patch.object(interpreter.InterpretedFunction, "__call__", call),
+        patch.object(interpreter.InterpretedFunction, "__call__", _patching_once(interpreter)),
         patch.object(interpreter.interpreter_builder, "options", options),
-        patch.object(interpreter, "_get_np_dtype", numpy_dtype_of),
+        patch.object(interpreter, "_get_np_dtype", _dtype_table(interpreter._get_np_dtype)),
         patch.object(interpreter, "_convert_float", partial(_convert, interpreter._convert_float)),
         errstate(divide="ignore", invalid="ignore", over="ignore"),  # as a GPU does
     ):
