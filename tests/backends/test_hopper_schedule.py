@@ -52,8 +52,8 @@ LANGUAGE = SimpleNamespace(
 
 @pytest.fixture(autouse=True)
 def _on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("split_tile", "dense_tile", "count_keys", "find_sequence", "packed_tile",
-                 "find_tile", "first_order"):  # fmt: skip
+    for name in ("split_tile", "split_rows", "dense_tile", "count_keys", "find_sequence",
+                 "packed_tile", "find_tile", "first_order"):  # fmt: skip
         monkeypatch.setattr(scheduler, name, getattr(scheduler, name).fn)
     monkeypatch.setattr(scheduler, "gl", LANGUAGE)
     monkeypatch.setattr(scheduler, "SEQUENCES", CHUNK)

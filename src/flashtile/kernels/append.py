@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from flashtile.kernels.config import HeadDims
 from flashtile.kernels.numbers import number
 from flashtile.kernels.views import open_sequence, open_tile
 from flashtile.quantize import LEAST_SCALE, MOST
-from flashtile.tiles import padded_dims
 
 E4M3_MOST = tl.constexpr(MOST)
 E4M3_LEAST_SCALE = tl.constexpr(LEAST_SCALE)
@@ -51,7 +51,7 @@ class Shares(NamedTuple):
 
 
 @dataclass(frozen=True)
-class AppendTile:
+class AppendTile(HeadDims):
     """Numbers that the kernel is compiled for."""
 
     tokens: int  # powers of two
@@ -63,14 +63,6 @@ class AppendTile:
     @property
     def rows(self) -> int:
         return self.tokens * self.heads
-
-    @property
-    def padded(self) -> int:
-        return padded_dims(self.dim, self.dim_v)[0]
-
-    @property
-    def padded_v(self) -> int:
-        return padded_dims(self.dim, self.dim_v)[1]
 
 
 class Rows(NamedTuple):

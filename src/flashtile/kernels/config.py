@@ -7,15 +7,11 @@ from dataclasses import dataclass
 from flashtile.tiles import WIDEST, padded_dims
 
 
-@dataclass(frozen=True)
-class Tile:
-    """Block edges and head dims. Triton's tiles are powers of two, so dims are padded to one."""
+class HeadDims:
+    """Triton's tiles are powers of two, so dims are padded to one."""
 
-    block_m: int  # queries
-    block_n: int  # keys
     dim: int
     dim_v: int
-    precision: str = "ieee"  # of fp32 products: ieee or tf32
 
     @property
     def padded(self) -> int:
@@ -24,6 +20,17 @@ class Tile:
     @property
     def padded_v(self) -> int:
         return padded_dims(self.dim, self.dim_v)[1]
+
+
+@dataclass(frozen=True)
+class Tile(HeadDims):
+    """Block edges and head dims."""
+
+    block_m: int  # queries
+    block_n: int  # keys
+    dim: int
+    dim_v: int
+    precision: str = "ieee"  # of fp32 products: ieee or tf32
 
 
 @dataclass(frozen=True)

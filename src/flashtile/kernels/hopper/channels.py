@@ -151,9 +151,17 @@ def put_number(numbers, i, n):
 
 
 @gluon.jit
-def get_number(numbers, i):
-    """Load an integer, for a warpgroup."""
-    return gl.max(numbers.index(i).load(gl.BlockedLayout([1], [32], [4], [0])), 0)
+def get_number(numbers, i, WARPS: gl.constexpr = 4):
+    """Load an integer, for a partition of so many warps."""
+    return gl.max(numbers.index(i).load(gl.BlockedLayout([1], [32], [WARPS], [0])), 0)
+
+
+@gluon.jit
+def put_tile(tiles, full, n, tile):
+    """Tell where a CTA's n-th tile lies: five numbers, to one of two places."""
+    for field in gl.static_range(5):
+        put_number(tiles, 5 * (n & 1) + field, tile[field])
+    mbarrier.arrive(full.index(n & 1), count=1)
 
 
 @aggregate

@@ -11,8 +11,13 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from flashtile.kernels.hopper._compat import aggregate
-from flashtile.kernels.hopper.channels import make_barriers, make_numbers, put_number
-from flashtile.kernels.hopper.scheduler import pinned
+from flashtile.kernels.hopper.channels import (
+    get_number,
+    make_barriers,
+    make_numbers,
+    put_tile,
+)
+from flashtile.kernels.hopper.scheduler import pinned, split_tile
 from flashtile.kernels.masks import query_range
 from flashtile.kernels.views import open_sequence
 
@@ -70,12 +75,7 @@ def find_keys(work, tile, q_seq, k_seq, masks, TILE: gl.constexpr):
     BLOCK_M: gl.constexpr = TILE.block_m
     BLOCK_N: gl.constexpr = TILE.block_n
     tiles, pairs = pinned(work.key_tiles), pinned(work.pairs)
-    together = pinned(work.together)
-    group = tile // (tiles * together)
-    rest = tile - group * tiles * together
-    width = gl.minimum(together, pairs - group * together)
-    index = rest // width
-    pair = group * together + rest - index * width
+    index, pair = split_tile(tile, tiles, pairs, pinned(work.together))
     if k_seq.cu_seqlens is None:
         kv_heads = pinned(work.heads.count) // pinned(work.heads.group)
         batch, kv_head = pair // kv_heads, pair % kv_heads
@@ -151,23 +151,16 @@ class Queue:
 
     @gluon.jit
     def put(self, n, tile):
-        """The n-th tile of this CTA."""
-        for field in gl.static_range(5):
-            put_number(self.tiles, 5 * (n & 1) + field, tile[field])
-        mbarrier.arrive(self.full.index(n & 1), count=1)
+        put_tile(self.tiles, self.full, n, tile)
 
     @gluon.jit
     def get(self, n, WARPS: gl.constexpr):
         """The n-th tile, for a partition of WARPS warps."""
         mbarrier.wait(self.full.index(n & 1), (n >> 1) & 1)
-        at = 5 * (n & 1)
-        return KeyTile(self.number(at, WARPS), self.number(at + 1, WARPS),
-                       self.number(at + 2, WARPS), self.number(at + 3, WARPS),
-                       self.number(at + 4, WARPS))  # fmt: skip
-
-    @gluon.jit
-    def number(self, i, WARPS: gl.constexpr):
-        return gl.max(self.tiles.index(i).load(gl.BlockedLayout([1], [32], [WARPS], [0])), 0)
+        t, at = self.tiles, 5 * (n & 1)
+        return KeyTile(get_number(t, at, WARPS), get_number(t, at + 1, WARPS),
+                       get_number(t, at + 2, WARPS), get_number(t, at + 3, WARPS),
+                       get_number(t, at + 4, WARPS))  # fmt: skip
 
 
 @gluon.jit

@@ -11,7 +11,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from flashtile.kernels.hopper._compat import aggregate
-from flashtile.kernels.hopper.channels import get_number, make_numbers, put_number
+from flashtile.kernels.hopper.channels import get_number, make_numbers, put_tile
 from flashtile.kernels.numbers import number
 from flashtile.kernels.views import open_sequence
 
@@ -65,16 +65,22 @@ def pinned(n):
 
 
 @gluon.jit
-def split_tile(n, row_tiles, pairs, together):
-    """(tile of queries, pair) of the n-th tile of some pairs.
-
-    The last queries of a pair come first: under a causal mask they see most keys.
-    """
-    group = n // (row_tiles * together)
-    rest = n - group * row_tiles * together
+def split_tile(n, tiles, pairs, together):
+    """(index of its `tiles`, pair) of the n-th tile of some pairs, of which `together` have their
+    tiles taken by turns."""
+    group = n // (tiles * together)
+    rest = n - group * tiles * together
     width = gl.maximum(gl.minimum(together, pairs - group * together), 1)
-    row = rest // width
-    return row_tiles - 1 - row, group * together + rest - row * width
+    index = rest // width
+    return index, group * together + rest - index * width
+
+
+@gluon.jit
+def split_rows(n, row_tiles, pairs, together):
+    """(tile of queries, pair): the last queries of a pair come first, since under a causal mask
+    they see most keys."""
+    index, pair = split_tile(n, row_tiles, pairs, together)
+    return row_tiles - 1 - index, pair
 
 
 @gluon.jit
@@ -82,7 +88,7 @@ def dense_tile(work, heads, tile, BLOCK_M: gl.constexpr):
     """(batch, head, first query) of sequences of equal length."""
     row_tiles, pairs, together = pinned(work.row_tiles), pinned(work.pairs), pinned(work.together)
     heads = pinned(heads)
-    row, pair = split_tile(tile, row_tiles, pairs, together)
+    row, pair = split_rows(tile, row_tiles, pairs, together)
     batch = pair // heads
     return batch, pair - batch * heads, gl.where(tile < row_tiles * pairs, row * BLOCK_M, -1)
 
@@ -152,7 +158,7 @@ def packed_tile(work, q_seq, k_seq, order, tile, BLOCK_M: gl.constexpr, BLOCK_N:
         shorter = gl.maximum(shorter, found)
     batch = gl.where(n < total, batch, 0)
     row_tiles = gl.maximum(gl.cdiv(open_sequence(q_seq, batch).room, BLOCK_M), 1)
-    row, head = split_tile(n - (stop - row_tiles * heads), row_tiles, heads, together)
+    row, head = split_rows(n - (stop - row_tiles * heads), row_tiles, heads, together)
     row = gl.where(n < total, row * BLOCK_M, -1)
     return Order(longest, shorter, first, tile - n), batch, head, row
 
@@ -201,10 +207,7 @@ class Queue:
 
     @gluon.jit
     def put(self, n, tile):
-        place = 5 * (n & 1)
-        for field in gl.static_range(5):
-            put_number(self.tiles, place + field, tile[field])
-        mbarrier.arrive(self.full.index(n & 1), count=1)
+        put_tile(self.tiles, self.full, n, tile)
 
     @gluon.jit
     def get(self, n):
