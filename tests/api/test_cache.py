@@ -20,6 +20,7 @@ from flashtile.testing.caches import (
     HEADS,
     KV_HEADS,
     CacheCase,
+    assert_cache_gradients,
     check_cache_case,
     draw_cache_case,
 )
@@ -64,13 +65,7 @@ def test_a_tree_mask_has_gradients() -> None:
     k_cache, v_cache = (torch.randn(2, 9, KV_HEADS, 16, requires_grad=True) for _ in range(2))
     tree = torch.rand(2, 3, 3) > 0.5
     keywords: dict[str, Any] = {"cache_seqlens": _ints(9, 5), "tree_mask": tree}
-    out = flash_attn_with_kvcache(q, k_cache, v_cache, **keywords)
-    golden, _, _ = reference.attention_with_kvcache(q, k_cache, v_cache, **keywords)
-    dout = torch.randn_like(out)
-    found = torch.autograd.grad(out, (q, k_cache, v_cache), dout)
-    expected = torch.autograd.grad(golden.out, (q, k_cache, v_cache), dout.double())
-    for a, b in zip(found, expected, strict=True):
-        torch.testing.assert_close(a, b)
+    assert_cache_gradients(q, k_cache, v_cache, keywords)
 
 
 def _joined(

@@ -19,6 +19,7 @@ from flashtile.testing import (
     run,
 )
 from flashtile.testing.allocations import assert_touches_nothing_else
+from flashtile.testing.caches import assert_cache_gradients
 from flashtile.testing.drawing import GARBAGE
 
 FP32, FP16 = torch.float32, torch.float16
@@ -228,14 +229,8 @@ def test_appending_to_a_cache(page_size: int) -> None:
 def test_gradients_of_a_padded_cache() -> None:
     """Reading a dense cache is differentiable: slots out of use get 0."""
     q, k, v = (torch.randn(2, n, h, 8).requires_grad_() for n, h in ((5, 2), (20, 1), (20, 1)))
-    keywords: dict[str, Any] = {"cache_seqlens": _ints(17, 4), "cache_leftpad": _ints(3, 0)}
-    out = flash_attn_with_kvcache(q, k, v, causal=True, **keywords)
-    golden, _, _ = reference.attention_with_kvcache(q, k, v, causal=True, **keywords)
-    dout = torch.randn_like(out)
-    found = torch.autograd.grad(out, (q, k, v), dout)
-    expected = torch.autograd.grad(golden.out, (q, k, v), dout.double())
-    for a, b in zip(found, expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    lengths = {"cache_seqlens": _ints(17, 4), "cache_leftpad": _ints(3, 0)}
+    assert_cache_gradients(q, k, v, {"causal": True, **lengths}, rtol=1e-5, atol=1e-5)
 
 
 def test_rows_of_a_cache_that_sequences_share() -> None:
@@ -243,13 +238,7 @@ def test_rows_of_a_cache_that_sequences_share() -> None:
     problem = Case("shared", 5, 20, batch=3, heads=2, kv_heads=1, head_dim=8).draw(4)
     keywords: dict[str, Any] = {"cache_batch_idx": _ints(2, 0, 2), "cache_seqlens": _ints(20, 9, 4)}
     q, k, v = (x.requires_grad_() for x in problem.tensors.values())
-    out = flash_attn_with_kvcache(q, k, v, **keywords)
-    golden, _, _ = reference.attention_with_kvcache(q, k, v, **keywords)
-    dout = torch.randn_like(out)
-    found = torch.autograd.grad(out, (q, k, v), dout)
-    expected = torch.autograd.grad(golden.out, (q, k, v), dout.double())
-    for a, b in zip(found, expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    assert_cache_gradients(q, k, v, keywords, rtol=1e-5, atol=1e-5)
 
 
 def test_documents_of_packed_sequences_with_other_keys() -> None:

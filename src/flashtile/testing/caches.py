@@ -118,6 +118,20 @@ def check_cache_case(drawn: Drawn, **variant: Any) -> None:
             raise AssertionError(f"{name} is not what the reference has")
 
 
+def assert_cache_gradients(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, keywords: dict[str, Any], **tolerances: Any
+) -> None:
+    """Gradients of all three, of a call that appends nothing, as the reference has them."""
+    inputs = q, k_cache, v_cache
+    out = flash_attn_with_kvcache(*inputs, **keywords)
+    golden, _, _ = reference.attention_with_kvcache(*inputs, **keywords)
+    dout = torch.randn_like(out)
+    found = torch.autograd.grad(out, inputs, dout)
+    expected = torch.autograd.grad(golden.out, inputs, dout.double())
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, **tolerances)
+
+
 def _bits(x: Tensor) -> Tensor:
     """x, or what torch can compare of it."""
     return x.view(torch.uint8) if x.dtype == E4M3 else x
