@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from flashtile.problem import ELEMENTWISE, AttentionProblem
+from flashtile.tiles import power_of_two
 
 DIMS = (64, 128, 256)
 """Head dims that the kernel is compiled for; others are padded up by TMA's zero fill."""
@@ -169,7 +170,7 @@ def forward_tile(problem: AttentionProblem) -> HopperTile:
 def packed_heads(problem: AttentionProblem, block_m: int) -> int:
     """Heads of a KV head that share tiles of block_m rows: the group, rounded up to a power of two,
     if that saves an eighth of more tiles than run at the same time; else 1."""
-    p, pack = problem, 1 << max(0, problem.group - 1).bit_length()
+    p, pack = problem, power_of_two(problem.group)
     if p.layout != "dense" or pack > MOST_PACKED or p.features - PACKS:
         return 1
     apart = -(-p.seqlen_q // block_m) * p.heads

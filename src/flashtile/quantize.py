@@ -34,6 +34,11 @@ def scale_kind(scale: Tensor, k: Tensor, batch: int) -> str | None:
     return "row" if shape == (batch, kv_heads) else None
 
 
+def scaled_by_token(scale: Tensor | None, k: Tensor, batch: int) -> bool:
+    """Whether each token has a scale of its own: one that it shares is read once a tile."""
+    return scale is not None and scale_kind(scale, k, batch) == "token"
+
+
 def scale_strides(scale: Tensor, k: Tensor, batch: int) -> tuple[int, int, int, int]:
     """Strides of a scale by batch row, by k's first dimension, by slot in it, and by KV head."""
     kind, strides = scale_kind(scale, k, batch), scale.stride()

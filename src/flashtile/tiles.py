@@ -50,6 +50,11 @@ class KernelConfigs:
     dbias: KernelConfig
 
 
+def power_of_two(n: int) -> int:
+    """The least from n on, at least 1."""
+    return 1 << max(0, n - 1).bit_length()
+
+
 def padded_dims(dim: int, dim_v: int) -> tuple[int, int]:
     """The powers of two that hold the head dims; a matrix instruction is at least 16 deep.
 
@@ -58,7 +63,7 @@ def padded_dims(dim: int, dim_v: int) -> tuple[int, int]:
     keys of 64 by 32 that come through registers, as those of 40 dims do, one with wrong results.
     """
     least = 16 if max(dim, dim_v) <= 16 else 32
-    padded, padded_v = (max(least, 1 << (n - 1).bit_length()) for n in (dim, dim_v))
+    padded, padded_v = (max(least, power_of_two(n)) for n in (dim, dim_v))
     return padded, max(padded_v, min(padded, 64))
 
 

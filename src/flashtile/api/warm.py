@@ -131,9 +131,8 @@ def _alignment(tensors: Sequence[Tensor]) -> list[int]:
 def _switches(q: Tensor) -> tuple[Any, ...]:
     """What a call depends on besides its arguments."""
     return (
-        ops.plan, config.allow_tf32, config.checked, torch.are_deterministic_algorithms_enabled(),
-        forward_ad._current_level, hears_functions(), _autocast(q),
-        torch.cuda.current_device() if q.is_cuda else None,
+        ops.plan, *replays.switches(), config.checked, forward_ad._current_level,
+        hears_functions(), _autocast(q), torch.cuda.current_device() if q.is_cuda else None,
     )  # fmt: skip
 
 

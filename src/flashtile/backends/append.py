@@ -14,8 +14,8 @@ from flashtile.kernels.append import AppendTile
 from flashtile.kernels.numbers import opaque
 from flashtile.kernels.views import Sequences
 from flashtile.problem import Call
-from flashtile.quantize import scale_kind
-from flashtile.tiles import padded_dims
+from flashtile.quantize import scaled_by_token
+from flashtile.tiles import padded_dims, power_of_two
 
 ELEMENTS = 4096
 """Of a program's tile: 32 for each of 128 threads."""
@@ -67,7 +67,7 @@ def append_launch(call: Call, new: NewTokens, q_out: Tensor, after: Tensor) -> L
 
 
 def _cache(x: Tensor, scale: Tensor | None, batch: int) -> kernels.Cache:
-    own = 1 if scale is not None and scale_kind(scale, x, batch) == "token" else None
+    own = 1 if scaled_by_token(scale, x, batch) else None
     return kernels.Cache(token_view(x), scale_view(scale, x, batch), own)
 
 
@@ -85,20 +85,15 @@ def _rotary(call: Call, new: NewTokens) -> kernels.Rotary | None:
 def _tile(call: Call, new: NewTokens) -> AppendTile:
     q, k, v = call.operands[:3]
     rows = max(1, ELEMENTS // max(padded_dims(k.shape[-1], v.shape[-1])))
-    heads = min(rows, HEADS, _power(k.shape[-2]))
+    heads = min(rows, HEADS, power_of_two(k.shape[-2]))
     tokens = rows // heads
     if call.varlen or new.cu_seqlens is not None:
         tokens = max(2, tokens)  # `find_sequence` counts in slots of 2 tokens at least
     else:
         longest = max(x.shape[1] for x in (q, new.k) if x is not None)
-        tokens = min(tokens, _power(longest))
+        tokens = min(tokens, power_of_two(longest))
     rotary_dim = 0 if new.rotary_cos is None else 2 * new.rotary_cos.shape[1]
     return AppendTile(tokens, heads, k.shape[-1], v.shape[-1], rotary_dim)
-
-
-def _power(n: int) -> int:
-    """The least power of two from n on."""
-    return 1 << (max(1, n) - 1).bit_length()
 
 
 def _programs(x: Tensor, heads: int, batch: int, tile: AppendTile) -> int:

@@ -20,7 +20,7 @@ from flashtile.kernels.numbers import opaque
 from flashtile.kernels.views import TokenView
 from flashtile.plan import Plan
 from flashtile.problem import Call
-from flashtile.quantize import scale_kind
+from flashtile.quantize import scaled_by_token
 
 MOST_PROGRAMS = 2**20
 """Of a launch whose parts the caller has fixed; with more parts a program does several."""
@@ -75,11 +75,6 @@ def _bytes(x: Tensor) -> TokenView:
     return token_view(make(as_bytes, x))
 
 
-def _own(scale: Tensor | None, x: Tensor, batch: int) -> bool:
-    """Whether each token has a scale of its own; one that it shares is read once a tile."""
-    return scale is not None and scale_kind(scale, x, batch) == "token"
-
-
 def _tile(call: Call, config: DecodeConfig) -> DecodeTile:
     q, k, v = call.operands[:3]
     k_scale, v_scale = call.operands.k_descale, call.operands.v_descale
@@ -88,7 +83,8 @@ def _tile(call: Call, config: DecodeConfig) -> DecodeTile:
         "tf32" if switches.allow_tf32 else "ieee",
         page_size=k.shape[1] if call.sequences.block_table is not None else 0,
         scan=next((n for n in SCANS if call.batch <= n), SCANS[-1]),
-        scaled_keys=_own(k_scale, k, call.batch), scaled_values=_own(v_scale, v, call.batch),
+        scaled_keys=scaled_by_token(k_scale, k, call.batch),
+        scaled_values=scaled_by_token(v_scale, v, call.batch),
         latent=call.variant.latent, pairs=call.quantized,
     )  # fmt: skip
 

@@ -22,6 +22,7 @@ from flashtile.kernels.hopper.key_tiles import KeyWork
 from flashtile.kernels.numbers import opaque
 from flashtile.plan import Plan
 from flashtile.problem import Call, describe
+from flashtile.tiles import power_of_two
 
 TILES_TOGETHER = 256
 """Tiles that are taken longest first before those of other heads follow: about two for each of an
@@ -165,4 +166,4 @@ def heads_together(tiles: int) -> int:
     """KV heads whose tiles, `tiles` of each, are taken longest first together: a power of two, so
     that the last ones are as many as the others (head dim 128, causal, simulated: 3 heads of 16
     together end 4.5% after 4 do; one of eight, in groups of four query heads, 23%)."""
-    return 1 << max(0, (-(-TILES_TOGETHER // tiles) - 1).bit_length())
+    return power_of_two(-(-TILES_TOGETHER // tiles))

@@ -40,13 +40,18 @@ _thread = threading.local()
 def key_of(kind: Hashable, tensors: Iterable[Tensor | None]) -> Key:
     """All that what is made and launched depends on, and what Triton specialises a kernel on."""
     return (
-        kind, config.allow_tf32, torch.are_deterministic_algorithms_enabled(),
+        kind, *switches(),
         *[
             None if x is None else
             (x.shape, x.stride(), x.dtype, x.get_device(), x.data_ptr() & 15)
             for x in tensors
         ],
     )  # fmt: skip
+
+
+def switches() -> tuple[bool, ...]:
+    """Those of the process that change what is made or launched."""
+    return config.allow_tf32, torch.are_deterministic_algorithms_enabled()
 
 
 def find(key: Key) -> Any:
