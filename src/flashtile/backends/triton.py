@@ -137,11 +137,13 @@ def _prepare(
     logits = call.operands.learnable_sink if sink else None
     shares = None if logits is None else empty((grid,), lse)
     config = KernelConfig(PREPARE_ROWS, 16, 4, 1)
+    dropped = operands.dropouts(call, False)
     run(Launch(
         prepare.prepare_backward, grid,
         (token_view(out), saved.dout, row_view(lse),
          gradient_rows(dlse), saved.rows, logits, shares,
          operands.query_sequences(call), operands.arguments(call).heads,
+         dropped[0].rescale if dropped else None,
          operands.tile(call, config, "ieee")),
         config.num_warps, config.num_stages,
     ))  # fmt: skip

@@ -40,7 +40,7 @@ class Saved(NamedTuple):
 
     dout: Any  # TokenView
     rows: Any  # RowView, four floats wide: lse in log2 units, +inf where a row saw no key, so
-    # that p is 0; delta = rowsum(dout * out) - dlse; two unused
+    # that p is 0; delta = (rowsum(dout * out) - dlse) / rescale; two unused
 
 
 class QueryTile(NamedTuple):
@@ -81,10 +81,10 @@ def recompute(s, lse2, at, variant, scale, FULL: tl.constexpr,
 
 
 @triton.jit
-def score_gradient(block, dp, delta, variant):
-    """ds of the mapped scores, without the factor `rescale`, which their sums get; delta broadcasts
-    to the block."""
-    return block.p * (block.kept * dp - delta * (1.0 / rescale(variant)))
+def score_gradient(block, dp, delta):
+    """ds of the mapped scores, without the factor `rescale`, which their sums get and delta does
+    without; delta broadcasts to the block."""
+    return block.p * (block.kept * dp - delta)
 
 
 @triton.jit
@@ -124,7 +124,7 @@ def query_gradient(dq, rows, k, v, k_seq, at, schedule, variant, scale,
         dp = tl.dot(rows.do, values.T, input_precision=TILE.precision)
         block = recompute(s, rows.lse2[:, None], here, variant, scale, FULL, False,
                           TILE)  # fmt: skip
-        ds = score_gradient(block, dp, rows.delta[:, None], variant) * block.slope
+        ds = score_gradient(block, dp, rows.delta[:, None]) * block.slope
         dq = tl.dot(ds.to(keys.dtype), keys, dq, input_precision=TILE.precision)
     return dq
 
@@ -182,7 +182,7 @@ def key_gradient(grads, k, v, q, saved, q_seq, at, schedule, variant, scale,
         # Before dS, so that the tensor cores are busy while it is computed.
         p = (block.p * block.kept).to(do.dtype)
         dv = tl.dot(p, do, grads.v, input_precision=TILE.precision)
-        ds = score_gradient(block, dp, delta[None, :], variant) * block.slope
+        ds = score_gradient(block, dp, delta[None, :]) * block.slope
         dk = tl.dot(ds.to(queries.dtype), queries, grads.k, input_precision=TILE.precision)
         grads = KeyGradients(dk, dv)
     return grads

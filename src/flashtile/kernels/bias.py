@@ -59,7 +59,7 @@ def score_tile_gradient(ds, x, variant, scale, heads, batch, head, first_q, firs
         s = tl.dot(own.q, keys.T, input_precision=TILE.precision)
         dp = tl.dot(own.do, values.T, input_precision=TILE.precision)
         block = recompute(s, own.lse2[:, None], at, variant, scale, False, False, TILE)
-        ds += score_gradient(block, dp, own.delta[:, None], variant) * block.slope
+        ds += score_gradient(block, dp, own.delta[:, None]) * block.slope
     return ds
 
 

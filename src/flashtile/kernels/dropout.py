@@ -38,21 +38,20 @@ def multiply_wide(a, FACTOR: tl.constexpr):
 
 
 @triton.jit
-def factors(words, units, least):
-    """1 where the number in the upper half of words * units is at least `least`, 0 elsewhere. Its
-    first bit, and what lies below it, cannot tell."""
-    return tl.where(((words * units) & 0x7FFFFFFF) >= (least << 16), 1.0, 0.0)
+def factors(words, least):
+    """1 where the number in the upper half of a word is at least `least`, 0 elsewhere. Its first
+    bit, and what lies below it, cannot tell."""
+    return tl.where((words & 0x7FFFFFFF) >= (least << 16), 1.0, 0.0)
 
 
 @triton.jit
-def factors_at_once(words, units, least):
-    """The same in two instructions, by the magnitudes of floats, which are ordered as their bits
-    are. A shift would go to the pipe of logic and comparisons, which is the busiest."""
+def factors_at_once(words, least):
+    """The same in one instruction, by the magnitudes of floats, which are ordered as their bits
+    are."""
     return tl.inline_asm_elementwise(
-        "{.reg .b32 n; .reg .f32 x; mul.lo.u32 n, $1, $2; mov.b32 x, n; abs.f32 x, x;"
-        "set.geu.f32.f32 $0, x, $3;}",
-        "=r,r,r,r",
-        [words, units, least << 16],
+        "{.reg .f32 x; mov.b32 x, $1; abs.f32 x, x; set.geu.f32.f32 $0, x, $2;}",
+        "=r,r,r",
+        [words, least << 16],
         dtype=tl.float32,
         is_pure=True,
         pack=1,
@@ -99,8 +98,9 @@ def philox(multiply, c0, c1, key):
 
 
 @triton.jit
-def draw_words(dropout, at, q_groups, k_groups):
-    """The four words of the Philox blocks at (q_group, k_group), broadcast together."""
+def draw_words(dropout, at, q_groups, k_groups, left=None):
+    """The four words of the Philox blocks at (q_group, k_group), broadcast together; shifted to the
+    left by `left` bits, which two of them need be for all four to be."""
     seed = tl.load(dropout.rng_state).to(tl.uint64)
     offset = tl.load(dropout.rng_state + 1).to(tl.uint64)
     head = tl.cast(at.batch * number(dropout.heads) + at.head, tl.uint32)
@@ -109,7 +109,15 @@ def draw_words(dropout, at, q_groups, k_groups):
     start, key = philox(multiply, u ^ head, v, (offset >> 32).to(tl.uint32))
     zero = q_groups * 0 + k_groups * 0
     w0, w1 = philox(dropout.multiply, q_groups + start + zero, k_groups + zero, key)
+    if left is not None:
+        w0, w1 = w0 << left, w1 << left
     return w0, w1, w0 * 257 + w1, w1 * 255 + w0
+
+
+@triton.jit
+def to_upper_half(k):
+    """By how many bits the number of an even or odd k is below its word's upper half."""
+    return (16 - k % 2 * 16).to(tl.uint32)
 
 
 @triton.jit
@@ -127,35 +135,26 @@ def words_queries_by_keys(dropout, at, BLOCK_M: tl.constexpr, BLOCK_N: tl.conste
 
 
 @triton.jit
-def words_keys_by_queries(dropout, at, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The transpose. k and k + 1 are in different threads here, so that each draws the block and
-    uses four of its numbers: twice the arithmetic, but no exchange through shared memory."""
-    q_groups = (at.first_q // 2 + tl.arange(0, BLOCK_M // 2)).to(tl.uint32)  # 8 a + r
-    pairs = (at.first_k // 2 + tl.arange(0, BLOCK_N // 2)).to(tl.uint32)  # 8 c + 2 t + b
-    w0, w1, w2, w3 = draw_words(dropout, at, q_groups[None, :], (pairs // 2)[:, None])
-    words = tl.join(tl.join(w0, w1), tl.join(w2, w3))
-    words = tl.reshape(words, [BLOCK_N // 16, 8, BLOCK_M // 16, 8, 2, 2])
-    words = tl.permute(words, [0, 4, 1, 2, 5, 3])  # c g (2 t + b), a h r
-    return tl.reshape(words, [BLOCK_N, BLOCK_M])
-
-
-@triton.jit
 def kept_queries_by_keys(dropout, at, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """1 where elements of a tile are kept, 0 where they are dropped: fp32."""
     words = words_queries_by_keys(dropout, at, BLOCK_M, BLOCK_N)
-    return compare(dropout, words, tl.arange(0, BLOCK_N)[None, :])
+    words = words << to_upper_half(tl.arange(0, BLOCK_N))[None, :]
+    return dropout.factors(words, tl.cast(dropout.threshold, tl.uint32))
 
 
 @triton.jit
 def kept_keys_by_queries(dropout, at, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    words = words_keys_by_queries(dropout, at, BLOCK_M, BLOCK_N)
-    return compare(dropout, words, tl.arange(0, BLOCK_N)[:, None])
-
-
-@triton.jit
-def compare(dropout, words, k):
-    units = tl.where(k % 2 == 0, 0x10000, 1).to(tl.uint32)
-    return dropout.factors(words, units, tl.cast(dropout.threshold, tl.uint32))
+    """The transpose. k and k + 1 are in different threads here, so that each draws the block and
+    uses four of its numbers: twice the arithmetic, but no exchange through shared memory."""
+    q_groups = (at.first_q // 2 + tl.arange(0, BLOCK_M // 2)).to(tl.uint32)  # 8 a + r
+    pairs = (at.first_k // 2 + tl.arange(0, BLOCK_N // 2)).to(tl.uint32)  # 8 c + 2 t + b
+    w0, w1, w2, w3 = draw_words(dropout, at, q_groups[None, :], (pairs // 2)[:, None],
+                                to_upper_half(pairs)[:, None])  # fmt: skip
+    words = tl.join(tl.join(w0, w1), tl.join(w2, w3))
+    words = tl.reshape(words, [BLOCK_N // 16, 8, BLOCK_M // 16, 8, 2, 2])
+    words = tl.permute(words, [0, 4, 1, 2, 5, 3])  # c g (2 t + b), a h r
+    words = tl.reshape(words, [BLOCK_N, BLOCK_M])
+    return dropout.factors(words, tl.cast(dropout.threshold, tl.uint32))
 
 
 @triton.jit

@@ -10,10 +10,11 @@ from flashtile.kernels.views import load_tile, open_sequence, open_tile, row_poi
 
 
 @triton.jit
-def prepare_backward(out, dout, lse, dlse, saved, sink, dsink, q_seq, heads,
+def prepare_backward(out, dout, lse, dlse, saved, sink, dsink, q_seq, heads, rescale,
                      TILE: tl.constexpr):  # fmt: skip
     """delta = rowsum(dout * out) - dlse, lse in log2 units with +inf for rows that saw no key, and
-    this tile's share of dsink = -sum(exp(sink - lse) * delta)."""
+    this tile's share of dsink = -sum(exp(sink - lse) * delta). rescale: dropout's, by which the
+    delta that is saved is divided, or None."""
     BLOCK_M: tl.constexpr = TILE.block_m
     tile = tl.program_id(0)
     batch, head, first = open_tile(q_seq, number(heads.count), tile, False, BLOCK_M)
@@ -31,7 +32,8 @@ def prepare_backward(out, dout, lse, dlse, saved, sink, dsink, q_seq, heads,
     row_lse = tl.where(row_lse == -float("inf"), float("inf"), row_lse)
     pair = row_pointers(saved, span, head, rows, 4)
     tl.store(pair, row_lse * LOG2E, mask=valid)
-    tl.store(pair + 1, row_delta, mask=valid)
+    saved_delta = row_delta if rescale is None else row_delta / rescale
+    tl.store(pair + 1, saved_delta, mask=valid)
     if sink is not None:
         weight = tl.math.exp2((tl.load(sink + head).to(tl.float32) - row_lse) * LOG2E)
         tl.store(dsink + tile, -tl.sum(weight * row_delta, 0))
