@@ -26,6 +26,7 @@ from flashtile.kernels.schedule import (
 )
 from flashtile.kernels.scores import apply_with_slope
 from flashtile.kernels.views import (
+    interleave_heads,
     load_pairs,
     load_tile,
     open_sequence,
@@ -135,7 +136,9 @@ def attention_backward_dq(q, k, v, dq, saved, q_seq, k_seq, variant, scale, head
     """One tile of queries of one head: dQ."""
     BLOCK_M: tl.constexpr = TILE.block_m
     BLOCK_N: tl.constexpr = TILE.block_n
-    batch, head, first = open_tile(q_seq, number(heads.count), tl.program_id(0), True, BLOCK_M)
+    count = number(heads.count)
+    tile = interleave_heads(q_seq, count, tl.program_id(0), BLOCK_M)
+    batch, head, first = open_tile(q_seq, count, tile, True, BLOCK_M)
     q_span, k_span = open_sequence(q_seq, batch), open_sequence(k_seq, batch)
     if (first < 0) | (first >= q_span.room):
         return
@@ -196,7 +199,8 @@ def attention_backward_dkdv(q, k, v, dk, dv, saved, q_seq, k_seq, variant, scale
     BLOCK_N: tl.constexpr = TILE.block_n
     group = number(heads.group)
     kv_heads = number(heads.count) // group
-    batch, kv_head, first = open_tile(k_seq, kv_heads, tl.program_id(0), False, BLOCK_N)
+    tile = interleave_heads(k_seq, kv_heads, tl.program_id(0), BLOCK_N)
+    batch, kv_head, first = open_tile(k_seq, kv_heads, tile, False, BLOCK_N)
     q_span, k_span = open_sequence(q_seq, batch), open_sequence(k_seq, batch)
     if first >= k_span.room:
         return

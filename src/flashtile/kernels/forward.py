@@ -24,6 +24,7 @@ from flashtile.kernels.schedule import (
 )
 from flashtile.kernels.scores import apply_score_mods
 from flashtile.kernels.views import (
+    interleave_heads,
     load_scales,
     load_tile,
     open_sequence,
@@ -126,7 +127,9 @@ def attention_forward(q, k, v, out, lse, q_seq, k_seq, variant, sink, scale, hea
     """One tile of queries of one head: out and lse."""
     BLOCK_M: tl.constexpr = TILE.block_m
     BLOCK_N: tl.constexpr = TILE.block_n
-    batch, head, first = open_tile(q_seq, number(heads.count), tl.program_id(0), True, BLOCK_M)
+    count = number(heads.count)
+    tile = interleave_heads(q_seq, count, tl.program_id(0), BLOCK_M)
+    batch, head, first = open_tile(q_seq, count, tile, True, BLOCK_M)
     q_span, k_span = open_sequence(q_seq, batch), open_sequence(k_seq, batch)
     if (first < 0) | (first >= q_span.room):
         return
