@@ -100,6 +100,18 @@ def test_a_call_compiles_for_gpus_that_are_not_here(tmp_path: Path) -> None:
     assert not (tmp_path / "cache").exists()
 
 
+def test_registers_of_a_tile_are_bounded(tmp_path: Path) -> None:
+    """Without the bound dQ takes 209 here, and two blocks fit where three do."""
+    done = _run(
+        tmp_path, "-m", "flashtile", "compile", "--arch", "sm_90", "--match",
+        "scores bfloat16 64 attention_backward_dq", "--json", "--workers", "1",
+    )  # fmt: skip
+    found = {r["case"]: r for r in json.loads(done.stdout)}["scores bfloat16 64"]
+
+    assert 3 * found["registers"] * 32 * found["num_warps"] <= 65_536
+    assert found["spill_bytes"] <= 32
+
+
 def test_faults_exit_with_1_and_are_in_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
     spilling = Record(
         "sm_80", "attention_forward", "causal bfloat16 64", "bfloat16", 128, 64, 4, 3,

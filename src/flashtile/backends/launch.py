@@ -27,12 +27,17 @@ class Launch(NamedTuple):
     num_warps: int = 4
     num_stages: int = 1
     fused: bool = True  # products and sums may be contracted to FMAs
+    max_registers: int | None = None  # of a thread; None: as many as the compiler likes
 
     @property
     def options(self) -> dict[str, Any]:
         """What Triton is told besides."""
-        found = {"num_warps": self.num_warps, "num_stages": self.num_stages}
-        return found if self.fused else {**found, "enable_fp_fusion": False}
+        found: dict[str, Any] = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        if not self.fused:
+            found["enable_fp_fusion"] = False
+        if self.max_registers is not None:
+            found["maxnreg"] = self.max_registers
+        return found
 
 
 @lru_cache

@@ -52,6 +52,7 @@ def forward_launch(call: Call, plan: Plan, out: Tensor, lse: Tensor) -> Launch:
         (a.q, a.k, a.v, token_view(out), row_view(lse), a.q_seq, a.k_seq, variant,
          call.operands.learnable_sink, a.scale, a.heads, tile),
         configs.forward.num_warps, configs.forward.num_stages,
+        max_registers=configs.forward.max_registers,
     )  # fmt: skip
 
 
@@ -174,7 +175,7 @@ def _dq_launch(
         backward_kernels.attention_backward_dq, query_grid(call, config.block_q),
         (a.q, a.k, a.v, token_view(dq), saved, a.q_seq, a.k_seq, variant, a.scale, a.heads,
          operands.tile(call, config, _precision())),
-        config.num_warps, config.num_stages,
+        config.num_warps, config.num_stages, max_registers=config.max_registers,
     )  # fmt: skip
 
 
@@ -188,7 +189,7 @@ def _dkdv_launch(
         backward_kernels.attention_backward_dkdv, key_grid(call, config.block_k),
         (a.q, a.k, a.v, token_view(dk), token_view(dv), saved, a.q_seq, a.k_seq, variant, a.scale,
          a.heads, operands.tile(call, config, _precision())),
-        config.num_warps, config.num_stages,
+        config.num_warps, config.num_stages, max_registers=config.max_registers,
     )  # fmt: skip
 
 
