@@ -205,10 +205,14 @@ class Ring:
 
     @gluon.jit
     def wait(self, i):
-        """Item i, a (BLOCK_N, PADDED) tile, when it has come."""
-        slot = i % self.SLOTS
-        mbarrier.wait(self.full.index(slot), (i // self.SLOTS) & 1)
-        tile = self.tiles.index(slot)
+        """Item i, when it has come."""
+        mbarrier.wait(self.full.index(i % self.SLOTS), (i // self.SLOTS) & 1)
+        return self.tile(i)
+
+    @gluon.jit
+    def tile(self, i):
+        """Item i, which has come, a (BLOCK_N, PADDED) tile."""
+        tile = self.tiles.index(i % self.SLOTS)
         return tile.reshape((tile.shape[-2], tile.shape[-1]))
 
     @gluon.jit

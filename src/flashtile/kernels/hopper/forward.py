@@ -188,7 +188,7 @@ def consume(out, lse, ring, places, queries, out_tiles, queue, q_seq, k_seq, var
         skipped = gl.where(rows.at.first_q < q_span.length, skipped, tile.blocks - 1)
         key = tile.key - skipped * BLOCK_N
         item, i = skip_blocks(ring, i, skipped, WARPGROUP, TILE)
-        state = start_softmax(query, ring, places, item, key, rows, variant, scale.log2, TILE)
+        state = start_softmax(query, ring, places, item, i, key, rows, variant, scale.log2, TILE)
         for _ in range(skipped + 1, tile.blocks):
             key -= BLOCK_N
             state = softmax_step(state, query, ring, places, i, key, rows, variant, scale.log2,

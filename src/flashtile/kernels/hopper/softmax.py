@@ -230,8 +230,9 @@ def raise_maximum(old, s, unit, TILE: gl.constexpr):
 
 
 @gluon.jit
-def start_softmax(query, ring, places, i, place, rows, variant, unit, TILE: gl.constexpr):
-    """The first block: its scores alone."""
+def start_softmax(query, ring, places, i, following, place, rows, variant, unit,
+                  TILE: gl.constexpr):  # fmt: skip
+    """The first block, item i: its scores alone. The item that follows has come at the end."""
     keys = ring.wait(i)
     if variant.blocks is not None:
         place = places.get(i)
@@ -247,6 +248,7 @@ def start_softmax(query, ring, places, i, place, rows, variant, unit, TILE: gl.c
     one = gl.inline_asm_elementwise(
         "mov.b32 $0, 0x3f800000;", "=f,f", [m], dtype=gl.float32, is_pure=False, pack=1
     )
+    ring.wait(following)
     return Softmax(
         m, sums, gl.zeros([layouts.ROWS, PADDED], gl.float32, acc),
         layouts.as_operand(p, keys.dtype, TILE.padded_v), one, 0,
@@ -256,8 +258,13 @@ def start_softmax(query, ring, places, i, place, rows, variant, unit, TILE: gl.c
 @gluon.jit
 def softmax_step(state, query, ring, places, i, place, rows, variant, unit,
                  WARPGROUP: gl.constexpr, TILE: gl.constexpr):  # fmt: skip
-    """Scores of the next block, item i of the ring, and values of the last, item i + 1."""
-    keys = ring.wait(i)
+    """Scores of the next block, item i of the ring, which has come, and values of the last, item
+    i + 1.
+
+    That item i + 2 is waited for before the values' product, and not by the next step, is a branch
+    that keeps ptxas from moving the wait for that product above the exponentials.
+    """
+    keys = ring.tile(i)
     if variant.blocks is not None:
         place = places.get(i)
     barriers.wait_turn(WARPGROUP, TILE)
@@ -278,7 +285,11 @@ def softmax_step(state, query, ring, places, i, place, rows, variant, unit,
     sums = gl.convert_layout(alpha, gl.SliceLayout(1, state.l.type.layout))[:, None]
     l = state.l * sums + layouts.partial_row_sums(p)
     p = drop_block(p, keys.dtype, variant, rows, place, TILE)
+    if len(variant.dropouts) == 0:
+        ring.wait(i + 2)
     acc = warpgroup_mma_wait(0, deps=[acc_token])
+    if len(variant.dropouts) > 0:  # their numbers would spill 280 bytes beside the operand
+        ring.wait(i + 2)
     p = layouts.as_operand(p, keys.dtype, TILE.padded_v)
     ring.release(i + 1)
     if not TILE.lazy_rescale:
@@ -288,11 +299,11 @@ def softmax_step(state, query, ring, places, i, place, rows, variant, unit,
 
 @gluon.jit
 def last_values(state, ring, i, TILE: gl.constexpr):
-    """Start the last block's product with its values, item i."""
+    """Start the last block's product with its values, item i, which have come."""
     acc = state.acc
     if TILE.lazy_rescale:
         acc = rescale(acc, state.alpha, state.grown, TILE)
-    values = left_columns(ring.wait(i), TILE.padded_v)
+    values = left_columns(ring.tile(i), TILE.padded_v)
     return warpgroup_mma(state.p, values, acc, is_async=True)
 
 
