@@ -26,7 +26,14 @@ from flashtile.kernels.masks import (
     visible,
 )
 from flashtile.kernels.numbers import LN2, LOG2E
-from flashtile.kernels.scores import add_matrix, apply_score_mods
+from flashtile.kernels.scores import (
+    add_matrix,
+    alibi,
+    apply_score_mods,
+    scaled,
+    softcap,
+    softcap_approximate,
+)
 from flashtile.kernels.views import Span
 
 LEAST = gl.constexpr(-1e30)
@@ -113,6 +120,13 @@ def _reads_matrix(mods):
     return any(mod[0] is add_matrix for mod in mods)
 
 
+@gluon.constexpr_function
+def _takes_distances(mods):
+    """Whether no score mod asks where a key stands but for its distance from the query."""
+    own = (scaled, softcap, softcap_approximate, alibi)
+    return all(any(mod[0] is fn for fn in own) for mod in mods)
+
+
 @gluon.jit
 def block_columns(first_k, BLOCK_N: gl.constexpr):
     """(1, BLOCK_N) keys of a block, as a thread's own first one and constants.
@@ -162,6 +176,8 @@ def mask_block(s, variant, rows, place, own, constants, BLOCK_N: gl.constexpr):
 def _at_scores(variant, at, first_k, own, constants, BLOCK_N: gl.constexpr):
     if _reads_matrix(variant.score_mods):
         return block_at(at, first_k, BLOCK_N)
+    elif _takes_distances(variant.score_mods):
+        return _count_keys_from(at, own, constants)
     else:
         return At(at.batch, at.head, at.first_q, first_k, at.q_idx, own + constants, at.q, at.k)
 
@@ -188,7 +204,8 @@ def needs_masks(rows, place, first_k, blocks, BLOCK_N: gl.constexpr):
 @gluon.jit
 def _count_keys_from(at, own, constants):
     """`at` with keys counted from each thread's own first column, the end of the keys included.
-    Masks that only compare positions then compare with constants."""
+    Masks that only compare positions then compare with constants, and a distance is one addition of
+    a constant, exact as long as fp32 has the row's from `own`: up to 2^24."""
     k = Span(at.k.batch, at.k.row, at.k.start, at.k.length - own, at.k.room, at.k.leftpad)
     return At(at.batch, at.head, at.first_q, 0, at.q_idx, constants, at.q, k)
 
