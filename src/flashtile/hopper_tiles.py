@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cache
 
 from flashtile.problem import ELEMENTWISE, AttentionProblem
 from flashtile.tiles import power_of_two
@@ -37,6 +38,7 @@ class HopperTile:
     producer_registers: int = 24
     turns: bool = False  # warpgroups take turns at the tensor cores
     lazy_rescale: bool = False
+    bounded: bool = False  # scores, by a cap: no maximum is taken
     own_output: bool = True  # the output has shared memory of its own, not the queries'
     values: int = 0  # head dim of V's and the output's tiles, where it is not K's
     pack: int = 1  # query heads of a KV head that take turns as rows of a tile
@@ -102,6 +104,17 @@ TILES = (
     _D64_SHORT, _D64_LONG, _D128, _D256, _D128_MATRIX, _D256_MATRIX, _D192,
     _D192_MATRIX,
 )  # fmt: skip
+
+
+MOST_CAP = 50.0
+"""Scores of at most this size need no maximum in bfloat16: 2^72 and its inverse, times the sums of
+2^24 keys, leave values 2^30 either way in fp32."""
+
+
+@cache
+def bounded(tile: HopperTile) -> HopperTile:
+    """The same tile for scores that a cap bounds."""
+    return replace(tile, bounded=True)
 
 
 MOST_PACKED = 64

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from flashtile import hopper_tiles, strides
 from flashtile.api import normalise
-from flashtile.backends import hopper, hopper_backward, tensormaps
+from flashtile.backends import hopper, hopper_backward, operands, tensormaps
 from flashtile.explain import explain_problem
 from flashtile.hopper_backward_tiles import backward_tile, cannot_backward
 from flashtile.hopper_tiles import TILES, cannot, forward_tile, padded_dim
@@ -319,3 +319,23 @@ def test_a_packed_launch_has_tiles_of_kv_heads(monkeypatch: pytest.MonkeyPatch) 
     assert (heads.count, heads.group) == (opaque(4), opaque(7))
     assert (work.row_tiles, work.pairs) == (opaque(3), opaque(20))  # 320 rows of 20 KV heads
     assert tile.pack == 8
+
+
+@pytest.mark.parametrize(
+    ("bounded", "keywords"),
+    [(True, {"softcap": 50.0}), (True, {"softcap": 0.05, "causal": True}),
+     (True, {"softcap": 30.0, "attn_mask": torch.ones(1, 1, 64, 64, dtype=torch.bool)}),
+     (False, {}), (False, {"softcap": 50.1}),
+     (False, {"softcap": 30.0, "alibi_slopes": torch.ones(2)}),
+     (False, {"softcap": 30.0, "attn_mask": torch.zeros(1, 1, 64, 64)}),
+     (False, {"softcap": 30.0, "dtype": torch.float16})],
+    ids=str,
+)  # fmt: skip
+def test_only_a_small_cap_bounds_the_scores(bounded: bool, keywords: dict[str, Any]) -> None:
+    """What is added may leave no key of a row near 0, and float16 has no exponents for it."""
+    dtype = keywords.pop("dtype", torch.bfloat16)
+    q = torch.zeros((1, 64, 2, 128), dtype=dtype)
+    call = normalise(q, q, q, **keywords)
+    variant = operands.variant(call, True)
+    tile = hopper._fitting(TILES[2], call, variant)
+    assert tile.bounded == bounded

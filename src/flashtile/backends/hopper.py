@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from flashtile import hopper_tiles
 from flashtile.backends import blocklists, operands, triton
 from flashtile.backends.hopper_backward import backward, ragged_k, ragged_q
 from flashtile.backends.launch import Launch, processors, run
@@ -23,7 +24,8 @@ from flashtile.backends.tensormaps import (
     tensor_map,
 )
 from flashtile.hopper_tiles import HopperTile
-from flashtile.kernels.forward import Heads
+from flashtile.kernels import scores
+from flashtile.kernels.forward import Heads, Variant
 from flashtile.kernels.hopper import forward as kernels
 from flashtile.kernels.hopper import layouts, words
 from flashtile.kernels.hopper.scheduler import Work
@@ -64,9 +66,9 @@ def forward(call: Call, plan: Plan) -> tuple[Tensor, Tensor]:
 def forward_launch(call: Call, plan: Plan, out: Tensor, lse: Tensor) -> Launch:
     if plan.hopper is None:
         raise ValueError(f"plan.hopper is None; the plan is for the {plan.backend} backend")
-    tile, q = plan.hopper, call.operands.q
-    a = operands.arguments(call)
+    q, a = call.operands.q, operands.arguments(call)
     variant = operands.variant(call, True, blocklists.by_queries(call))
+    tile = _fitting(plan.hopper, call, variant)
     if variant.dropouts:
         dropout = variant.dropouts[0]._replace(multiply=words.multiply)
         variant = variant._replace(dropouts=(dropout,))
@@ -78,6 +80,13 @@ def forward_launch(call: Call, plan: Plan, out: Tensor, lse: Tensor) -> Launch:
         (*queries, *keys, *outputs, row_view(lse), a.q_seq, k_seq, variant,
          call.operands.learnable_sink, a.scale, heads, _work(rows, tile), tile),
     )  # fmt: skip
+
+
+def _fitting(tile: HopperTile, call: Call, variant: Variant) -> HopperTile:
+    """The tile without maxima where a cap bounds all scores, and the dtype has the exponents."""
+    capped = [mod.fn for mod in variant.score_mods] == [scores.softcap_approximate]
+    small = capped and call.variant.softcap <= hopper_tiles.MOST_CAP
+    return hopper_tiles.bounded(tile) if small and call.operands.q.dtype == torch.bfloat16 else tile
 
 
 def _query_maps(
