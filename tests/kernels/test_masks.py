@@ -108,6 +108,32 @@ def test_blocks_that_a_tile_visits(g: Geometry, by_keys: bool) -> None:
             assert set(full) == set(every)
 
 
+@triton.jit
+def probe_rows(found, q_seq, k_seq, masks, ROWS: tl.constexpr):
+    """(2, ROWS) first key that a row sees, and the one after its last."""
+    q, k = open_sequence(q_seq, 0), open_sequence(k_seq, 0)
+    rows = tl.arange(0, ROWS)
+    r = key_range(masks, rows, rows, q, k)
+    tl.store(found + rows, rows * 0 + r.lo)
+    tl.store(found + ROWS + rows, r.hi)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@given(g=GEOMETRIES)
+def test_keys_that_a_row_sees(g: Geometry) -> None:
+    """A row's own range is all that it sees, and rows past the end of the queries see nothing: what
+    the Hopper kernel masks blocks by."""
+    q, k = torch.randn(1, g.seqlen_q, 1, 8), torch.randn(1, g.seqlen_k, 1, 8)
+    call = normalise(q, k, k, window_size=(g.left, g.right))
+    found = torch.full((2, 128), -1, dtype=torch.int32)
+    q_seq, k_seq = operands.query_sequences(call), operands.key_sequences(call)
+    probe_rows[(1,)](found, q_seq, k_seq, operands.band(call), 128)
+    keys = torch.arange(g.seqlen_k)
+    seen = (keys >= found[0, :, None]) & (keys < found[1, :, None])
+    assert torch.equal(seen[: g.seqlen_q], _visible(g))
+    assert not seen[g.seqlen_q :].any()
+
+
 BANDS = [
     ((None, 0), (40, 40)), ((None, 0), "packed"), ((5, 3), (20, 52)), ((5, 3), "packed"),
     ((0, 0), (52, 20)), ((0, 0), (20, 52)), ((17, None), (52, 20)), ((None, 20), (20, 52)),

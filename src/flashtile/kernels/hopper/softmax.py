@@ -19,9 +19,12 @@ from flashtile.kernels.hopper.walk import first_key
 from flashtile.kernels.hopper.words import accumulator_numbers
 from flashtile.kernels.masks import (
     At,
+    key_range,
     mask_tensor,
     not_earlier,
+    not_earlier_keys,
     not_later,
+    not_later_keys,
     same_document,
     visible,
 )
@@ -106,8 +109,14 @@ def multiply_keys(query, keys, TILE: gl.constexpr):
 
 @gluon.constexpr_function
 def _compares_positions(masks):
-    """Whether all masks only compare where queries and keys stand."""
-    return all(mask[0] is not_later or mask[0] is not_earlier for mask in masks)
+    """Whether all masks only compare where queries and keys stand, and have the ranges for it."""
+    keys = {not_later: not_later_keys, not_earlier: not_earlier_keys}
+    return all(mask[0] in keys and mask[2] is keys[mask[0]] for mask in masks)
+
+
+@gluon.constexpr_function
+def _bounds_below(masks):
+    return any(mask[0] is not_earlier for mask in masks)
 
 
 @gluon.constexpr_function
@@ -167,9 +176,24 @@ def mask_block(s, variant, rows, place, own, constants, BLOCK_N: gl.constexpr):
     """Masks, where the block is not seen as a whole by all rows."""
     first_k = first_key(variant.blocks, place)
     if needs_masks(rows, place, first_k, variant.blocks, BLOCK_N):
-        here = _at_masks(variant, rows.at, first_k, own, constants, BLOCK_N)
-        s = gl.where(visible(variant.masks, here), s, -float("inf"))
+        if _compares_positions(variant.masks):
+            seen = _seen_between(variant.masks, rows.at, own, constants)
+        else:
+            here = _at_masks(variant, rows.at, first_k, own, constants, BLOCK_N)
+            seen = visible(variant.masks, here)
+        s = gl.where(seen, s, -float("inf"))
     return s
+
+
+@gluon.jit
+def _seen_between(masks, at, own, constants):
+    """The keys of a row that sees those of a range: one comparison with a constant where no mask
+    bounds them below, instead of one for each mask and one for the end of the keys."""
+    keys = key_range(masks, at.q_idx, at.q_idx, at.q, at.k)
+    seen = constants < keys.hi - own
+    if _bounds_below(masks):
+        seen = seen & (constants >= keys.lo - own)
+    return seen
 
 
 @gluon.jit
@@ -184,9 +208,7 @@ def _at_scores(variant, at, first_k, own, constants, BLOCK_N: gl.constexpr):
 
 @gluon.jit
 def _at_masks(variant, at, first_k, own, constants, BLOCK_N: gl.constexpr):
-    if _compares_positions(variant.masks):
-        return _count_keys_from(at, own, constants)
-    elif _reads_tensors(variant.masks):
+    if _reads_tensors(variant.masks):
         return block_at(at, first_k, BLOCK_N)
     else:
         return At(at.batch, at.head, at.first_q, first_k, at.q_idx, own + constants, at.q, at.k)
@@ -204,8 +226,8 @@ def needs_masks(rows, place, first_k, blocks, BLOCK_N: gl.constexpr):
 @gluon.jit
 def _count_keys_from(at, own, constants):
     """`at` with keys counted from each thread's own first column, the end of the keys included.
-    Masks that only compare positions then compare with constants, and a distance is one addition of
-    a constant, exact as long as fp32 has the row's from `own`: up to 2^24."""
+    A distance is then one addition of a constant, exact as long as fp32 has the row's from `own`:
+    up to 2^24."""
     k = Span(at.k.batch, at.k.row, at.k.start, at.k.length - own, at.k.room, at.k.leftpad)
     return At(at.batch, at.head, at.first_q, 0, at.q_idx, constants, at.q, k)
 
