@@ -59,6 +59,12 @@ def _on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scheduler, "SEQUENCES", CHUNK)
     monkeypatch.setattr(scheduler, "pinned", lambda n: (n - 3) // 2)
     monkeypatch.setattr(scheduler, "open_sequence", _open_sequence)
+    monkeypatch.setattr(scheduler, "quotient", _quotient)
+
+
+def _quotient(n: Any, divisor: Any) -> Any:
+    assert n >= 0 < divisor
+    return n // divisor
 
 
 def _open_sequence(seq: Any, batch: Any) -> Any:

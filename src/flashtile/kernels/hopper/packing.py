@@ -10,7 +10,7 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from flashtile.kernels.hopper.scheduler import pinned
+from flashtile.kernels.hopper.scheduler import pinned, quotient
 
 
 @gluon.jit
@@ -26,7 +26,7 @@ def query_of(row, PACK: gl.constexpr):
 def kv_head_of(head, group, PACK: gl.constexpr):
     """The KV head of a tile's head."""
     if PACK == 1:
-        return head // pinned(group)
+        return quotient(head, pinned(group))
     else:
         return head
 

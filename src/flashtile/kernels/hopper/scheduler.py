@@ -65,13 +65,20 @@ def pinned(n):
 
 
 @gluon.jit
+def quotient(n, divisor):
+    """n // divisor, both at least 0. Signs would be nine more dependent instructions, which the
+    producer takes four times a tile."""
+    return (n.to(gl.uint32) // divisor.to(gl.uint32)).to(gl.int32)
+
+
+@gluon.jit
 def split_tile(n, tiles, pairs, together):
     """(index of its `tiles`, pair) of the n-th tile of some pairs, of which `together` have their
     tiles taken by turns."""
-    group = n // (tiles * together)
+    group = quotient(n, tiles * together)
     rest = n - group * tiles * together
     width = gl.maximum(gl.minimum(together, pairs - group * together), 1)
-    index = rest // width
+    index = quotient(rest, width)
     return index, group * together + rest - index * width
 
 
@@ -89,7 +96,7 @@ def dense_tile(work, heads, tile, BLOCK_M: gl.constexpr):
     row_tiles, pairs, together = pinned(work.row_tiles), pinned(work.pairs), pinned(work.together)
     heads = pinned(heads)
     row, pair = split_rows(tile, row_tiles, pairs, together)
-    batch = pair // heads
+    batch = quotient(pair, heads)
     return batch, pair - batch * heads, gl.where(tile < row_tiles * pairs, row * BLOCK_M, -1)
 
 
@@ -158,7 +165,8 @@ def packed_tile(work, q_seq, k_seq, order, tile, BLOCK_M: gl.constexpr, BLOCK_N:
         shorter = gl.maximum(shorter, found)
     batch = gl.where(n < total, batch, 0)
     row_tiles = gl.maximum(gl.cdiv(open_sequence(q_seq, batch).room, BLOCK_M), 1)
-    row, head = split_rows(n - (stop - row_tiles * heads), row_tiles, heads, together)
+    own = gl.where(n < total, n - (stop - row_tiles * heads), 0)
+    row, head = split_rows(own, row_tiles, heads, together)
     row = gl.where(n < total, row * BLOCK_M, -1)
     return Order(longest, shorter, first, tile - n), batch, head, row
 
