@@ -38,7 +38,7 @@ class HopperTile:
     producer_registers: int = 24
     turns: bool = False  # warpgroups take turns at the tensor cores
     lazy_rescale: bool = False
-    bounded: bool = False  # scores, by a cap: no maximum is taken
+    bounded: bool = False  # scores, by a cap: maxima are the first block's
     own_output: bool = True  # the output has shared memory of its own, not the queries'
     values: int = 0  # head dim of V's and the output's tiles, where it is not K's
     pack: int = 1  # query heads of a KV head that take turns as rows of a tile
@@ -107,8 +107,8 @@ TILES = (
 
 
 MOST_CAP = 50.0
-"""Scores of at most this size need no maximum in bfloat16: 2^72 and its inverse, times the sums of
-2^24 keys, leave values 2^30 either way in fp32."""
+"""Scores of at most this size, 2^72 and its inverse, need no maximum but the first block's in
+bfloat16: 2^96 above it, times the sums of 2^24 keys, is within fp32."""
 
 
 @cache

@@ -43,6 +43,9 @@ LEAST = gl.constexpr(-1e30)
 """The maximum of a row that has seen nothing, in the units of scores: finite, so that no later step
 must tell such a row from others."""
 
+FLOOR = gl.constexpr(-24.0)
+"""The least maximum of bounded scores, in log2 units: those of MOST_CAP are at most 2^96 above."""
+
 GROWTH = gl.constexpr(8.0)
 """By how much, in log2 units, a maximum may grow before a lazy rescale: probabilities up to 256,
 which keep their relative precision in either 16-bit format."""
@@ -272,20 +275,12 @@ def raise_maximum(old, s, unit, TILE: gl.constexpr):
 
 
 @gluon.jit
-def first_maximum(s, TILE: gl.constexpr):
+def first_maximum(s, unit, TILE: gl.constexpr):
+    """Of bounded scores these serve the whole row."""
+    least = LEAST
     if TILE.bounded:
-        return gl.zeros([layouts.ROWS], gl.float32, layouts.rows_of(s.type.layout))
-    else:
-        return gl.maximum(gl.max(s, 1), LEAST)
-
-
-@gluon.jit
-def exponentials(s, m, unit, TILE: gl.constexpr):
-    """Of scores, by rows' maxima."""
-    if TILE.bounded:
-        return gl.exp2(s * unit)
-    else:
-        return gl.exp2(s * unit - (m * unit)[:, None])
+        least = FLOOR / unit
+    return gl.maximum(gl.max(s, 1), least)
 
 
 @gluon.jit
@@ -308,8 +303,8 @@ def start_softmax(query, ring, places, i, following, place, rows, variant, unit,
     s = warpgroup_mma_wait(0, deps=[multiply_keys(query, keys, TILE)])
     ring.release(i)
     s = modify(s, variant, rows, place, True, TILE)
-    m = first_maximum(s, TILE)
-    p = exponentials(s, m, unit, TILE)
+    m = first_maximum(s, unit, TILE)
+    p = gl.exp2(s * unit - (m * unit)[:, None])
     sums = layouts.partial_row_sums(p)
     p = drop_block(p, keys.dtype, variant, rows, place, TILE)
     acc: gl.constexpr = layouts.accumulator(TILE.padded_v)
@@ -348,7 +343,7 @@ def softmax_step(state, query, ring, places, i, place, rows, variant, unit,
     ring.release(i)
     s = modify(s, variant, rows, place, False, TILE)
     m, grown = raise_maximum(state.m, s, unit, TILE)
-    p = exponentials(s, m, unit, TILE)
+    p = gl.exp2(s * unit - (m * unit)[:, None])
     l, alpha = add_sums(state, m, p, unit, TILE)
     p = drop_block(p, keys.dtype, variant, rows, place, TILE)
     if len(variant.dropouts) == 0:
