@@ -86,12 +86,11 @@ def backward_tile(problem: AttentionProblem, deterministic: bool = False) -> Hop
     if dim > DIMS[1]:
         padded_v = 128 if dim_v <= DIMS[1] else 256
         tile = HopperBackwardTile(dim, dim_v, 256, padded_v, 64, dout_slots=1, block_n=64, kept=64)
-        return replace(tile, adds="in order") if deterministic else tile
-    padded, block_m = (64, 128) if dim <= DIMS[0] else (128, 64)
-    tile = HopperBackwardTile(dim, dim_v, padded, padded, block_m)
-    if deterministic:
-        return replace(tile, adds="in order")
-    return replace(tile, **_schedule(problem, padded))
+    else:
+        padded, block_m = (64, 128) if dim <= DIMS[0] else (128, 64)
+        tile = HopperBackwardTile(dim, dim_v, padded, padded, block_m)
+        tile = replace(tile, **_schedule(problem, padded))
+    return replace(tile, adds="in order", persistent=False) if deterministic else tile
 
 
 def _schedule(problem: AttentionProblem, padded: int) -> dict[str, Any]:

@@ -85,7 +85,10 @@ def test_tiles_fit_and_do_not_depend_on_lengths_alone() -> None:
         assert backward.dim_v <= backward.padded_v <= backward.padded
         assert backward.wide == (dim > 128)
         assert backward.adds == "in any order"
-    assert backward_tile(LLAMA, deterministic=True).adds == "in order"
+    for causal in (False, True):
+        problem = replace(LLAMA, window_right=0 if causal else -1)
+        ordered = backward_tile(problem, deterministic=True)
+        assert (ordered.adds, ordered.lags, ordered.persistent) == ("in order", True, False)
     short = replace(LLAMA, head_dim=64, head_dim_v=64, seqlen_q=512, seqlen_k=512)
     long = replace(short, seqlen_q=16384, seqlen_k=16384)
     assert (forward_tile(short).warpgroups, forward_tile(long).warpgroups) == (2, 3)
