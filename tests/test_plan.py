@@ -149,7 +149,7 @@ def test_explanation_of_the_backward(
     arch: str, feature: str | None, deterministic: bool, backward: str, reason: str | None
 ) -> None:
     kind, features = "cuda" if arch else "cpu", frozenset({feature} if feature else ())
-    problem = replace(LLAMA, device=kind, dtype="bfloat16", kv_heads=LLAMA.heads, features=features)
+    problem = replace(LLAMA, device=kind, dtype="bfloat16", features=features)
     rows = dict(explain_problem(problem, Device(kind, arch, True), deterministic).rows())
     assert rows.get("backward", "").startswith(backward)
     assert ("backward" in rows) == bool(backward)

@@ -56,7 +56,7 @@ class HopperBackwardTile:
         return keys + queries + douts + ds + dq
 
 
-def cannot_backward(problem: AttentionProblem, deterministic: bool = False) -> str | None:
+def cannot_backward(problem: AttentionProblem) -> str | None:
     """Why the kernel cannot do a problem whose forward the Hopper backend does, or None."""
     missing, reason = sorted(problem.features & MISSING), None
     head_dim, head_dim_v = problem.head_dim, problem.head_dim_v
@@ -72,9 +72,6 @@ def cannot_backward(problem: AttentionProblem, deterministic: bool = False) -> s
     elif "softcap" in problem.features and head_dim <= DIMS[0]:
         # 680 bytes of spills; 8.4 ms on an H200 at 16k where the portable kernels take 8.5.
         reason = f"has no registers for a softcap at head dims up to {DIMS[0]}"
-    elif deterministic and problem.group > 1:
-        # 30% under the portable kernels' rate at 32/8 heads: a group's tiles wait for each other.
-        reason = "adds shares of dQ in order too slowly for heads in groups"
     elif 0 in (problem.batch, problem.seqlen_q, problem.seqlen_k, problem.heads, problem.kv_heads):
         reason = "TMA has no empty tensors"
     return reason

@@ -54,7 +54,7 @@ def backward(
     and calls that want a part of dQ, dK and dV, are the portable backend's."""
     problem, deterministic = describe(call), call.variant.deterministic
     empty_operand = 0 in (x.numel() for x in call.operands[:3])  # TMA has none
-    if empty_operand or not all(needs[:3]) or cannot_backward(problem, deterministic) is not None:
+    if empty_operand or not all(needs[:3]) or cannot_backward(problem) is not None:
         return triton.backward(call, plan, dout, dlse, out, lse, needs)
     q, dout = (mapped(x, ragged_q(call)) for x in (call.operands.q, dout))
     k, v = (mapped(x, ragged_k(call)) for x in call.operands[1:3])

@@ -90,7 +90,7 @@ def load_tile(inputs, side, blocks, tile, n, i, q_seq, k_seq, work, TILE: gl.con
     q_window = open_window(inputs.q, q_seq, q_span, tile.batch, q_span.length)
     k_window = open_window(inputs.k, k_seq, k_span, tile.batch, k_span.length)
     base = first_block(work, q_seq, tile.batch, TILE)
-    walk = start_walk(tile, work)
+    walk = start_walk(tile, work, TILE)
     row = row_of(tile, walk, TILE)
     block = block_of(row, walk, base, work, TILE)
     steps = tile.blocks * pinned(work.heads.group)
@@ -115,7 +115,7 @@ def load_tile(inputs, side, blocks, tile, n, i, q_seq, k_seq, work, TILE: gl.con
         if j > 0:
             blocks.fill_queries(i, inputs, q_window.batch, walk.head, q_window.row + row, block)
         blocks.fill_dout(i, inputs, q_window.batch, walk.head, q_window.row + row, block)
-        walk = go_on(walk, tile)
+        walk = go_on(walk, tile, work, TILE)
         i += 1
     return i
 
@@ -128,7 +128,7 @@ def add_queries(dq, side, queue, q_seq, k_seq, masks, work, TILE: gl.constexpr):
     while tile.key >= 0:
         mbarrier.wait(side.full, n & 1)  # nobody is in the tile before
         base = first_block(work, q_seq, tile.batch, TILE)
-        walk = start_walk(tile, work)
+        walk = start_walk(tile, work, TILE)
         steps = tile.blocks * pinned(work.heads.group)
         if steps > 0:
             open_places()
@@ -138,7 +138,7 @@ def add_queries(dq, side, queue, q_seq, k_seq, masks, work, TILE: gl.constexpr):
             if TILE.adds != "in any order":
                 before = tile.key // TILE.block_n - first_tile(row, tile, q_seq, k_seq, masks, TILE)
             add_shares(dq, side.dq, work.locks, block, before, j == steps - 1, TILE)
-            walk = go_on(walk, tile)
+            walk = go_on(walk, tile, work, TILE)
         tma_store_wait(0)
         barriers.arrive(TILE_DONE, EVERYBODY)
         n += 1
@@ -182,7 +182,7 @@ def consume_tile(outputs, side, blocks, queue, tile, n, i, q_seq, k_seq, variant
                  WARPGROUP: gl.constexpr, TILE: gl.constexpr):  # fmt: skip
     """dK and dV of the n-th tile, whose queries are items i, i + 1, ...; the item after them."""
     keys = own_keys(tile, q_seq, k_seq, variant.masks, WARPGROUP, TILE)
-    walk = start_walk(tile, work)
+    walk = start_walk(tile, work, TILE)
     mbarrier.wait(side.full, n & 1)
     steps = tile.blocks * pinned(work.heads.group)
     if TILE.wide:
@@ -198,7 +198,7 @@ def consume_tile(outputs, side, blocks, queue, tile, n, i, q_seq, k_seq, variant
         else:
             grads = gradient_step(grads, side, blocks, i + j, j, keys, walk.head, row, variant,
                                   scale.log2, WARPGROUP, TILE)  # fmt: skip
-        walk = go_on(walk, tile)
+        walk = go_on(walk, tile, work, TILE)
     finish_queries(side, i + steps, steps, WARPGROUP, TILE)
     # Found again rather than kept: every register of the loop is taken.
     tile = queue.get(n, 4)

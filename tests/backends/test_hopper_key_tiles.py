@@ -1,0 +1,218 @@
+"""Which blocks of queries the tiles of the Hopper backward walk over, and in which order they add
+to dQ: the kernel's own source, run on CPU tensors."""
+
+from __future__ import annotations
+
+import heapq
+from collections import Counter, defaultdict
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from flashtile.api import normalise
+from flashtile.backends import hopper_backward
+from flashtile.hopper_backward_tiles import HopperBackwardTile, backward_tile
+from flashtile.kernels import masks
+from flashtile.kernels.hopper import key_tiles, query_gradients
+from flashtile.problem import Call, describe
+
+
+class Pointer(NamedTuple):
+    """A tensor's address plus an offset."""
+
+    memory: Tensor
+    offset: Any = 0
+
+    def __add__(self, offset: Any) -> Pointer:
+        return Pointer(self.memory, self.offset + offset)
+
+
+def _tensors(function: Any) -> Any:
+    return lambda *values: function(*(torch.as_tensor(x) for x in values))
+
+
+LANGUAGE = SimpleNamespace(
+    where=_tensors(torch.where), maximum=_tensors(torch.maximum), minimum=_tensors(torch.minimum),
+    load=lambda pointer: pointer.memory[pointer.offset], int32=torch.int32, static_range=range,
+    cdiv=lambda a, b: -(-a // b),
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module, names in (
+        (key_tiles, ("find_keys", "start_walk", "go_on", "row_of", "block_of", "first_block")),
+        (query_gradients, ("first_tile",)),
+    ):
+        for name in names:
+            monkeypatch.setattr(module, name, getattr(module, name).fn)
+        monkeypatch.setattr(module, "gl", LANGUAGE)
+        monkeypatch.setattr(module, "open_sequence", _open_sequence)
+    for module, name in ((key_tiles, "query_range"), (query_gradients, "key_range")):
+        monkeypatch.setattr(module, name, _plainly(getattr(masks, name).fn))
+    monkeypatch.setattr(masks, "tl", LANGUAGE)
+    monkeypatch.setattr(masks, "number", _number)
+    monkeypatch.setattr(key_tiles, "pinned", lambda n: torch.tensor(_number(n)))
+    monkeypatch.setattr(key_tiles, "find_sequence", _find_sequence)
+
+
+def _plainly(fold: Any) -> Any:
+    """A fold over masks that takes their ranges' own source."""
+
+    def folded(given: Any, *where: Any) -> Any:
+        return fold([m._replace(keys=m.keys.fn, queries=m.queries.fn) for m in given], *where)
+
+    return folded
+
+
+def _number(n: Any) -> Any:
+    return (n - 3) // 2
+
+
+def _open_sequence(seq: Any, batch: Any) -> Any:
+    if seq.cu_seqlens is None:
+        room = _number(seq.length)
+        return SimpleNamespace(length=room, room=room)
+    ends = [*seq.cu_seqlens.memory.tolist(), _number(seq.length)]
+    room = ends[int(batch) + 1] - ends[int(batch)]
+    return SimpleNamespace(length=room if batch < _number(seq.batch) else 0, room=room)
+
+
+def _find_sequence(seq: Any, slot: Any, block: int) -> Any:
+    starts = seq.cu_seqlens.memory // block + torch.arange(len(seq.cu_seqlens.memory))
+    return (starts <= slot).sum() - 1
+
+
+class Step(NamedTuple):
+    """A tile's share of dQ of a block."""
+
+    tile: tuple[int, ...]  # batch, KV head, first key
+    head: int
+    row: int
+    block: int
+    before: int  # tiles that add to the block before this one does
+
+
+def _call(heads: int, kv_heads: int, lengths: list[tuple[int, int]], **given: Any) -> Call:
+    """Dense where all lengths are the same, else packed, with ten tokens of no sequence."""
+    dim = given.pop("dim", 128)
+    shapes: list[tuple[int, ...]]
+    if len(set(lengths)) == 1:
+        shapes = [(len(lengths), n, h) for n, h in zip(lengths[0], (heads, kv_heads), strict=True)]
+    else:
+        totals = [sum(x) + 10 for x in zip(*lengths, strict=True)]
+        shapes = [(n, h) for n, h in zip(totals, (heads, kv_heads), strict=True)]
+        cu_q, cu_k = (torch.tensor([0, *torch.tensor(x).cumsum(0)], dtype=torch.int32)
+                      for x in zip(*lengths, strict=True))  # fmt: skip
+        given |= {"cu_seqlens_q": cu_q, "cu_seqlens_k": cu_k,
+                  "max_seqlen_q": max(x for x, _ in lengths),
+                  "max_seqlen_k": max(x for _, x in lengths)}  # fmt: skip
+    q, k = (torch.zeros(*shape, dim, dtype=torch.bfloat16) for shape in shapes)
+    return normalise(q, k, k, **given)
+
+
+def _steps(call: Call, tile: HopperBackwardTile) -> list[list[Step]]:
+    """What each tile adds, tile by tile as the launch counts them."""
+    space = hopper_backward.workspace(call, tile, torch.zeros(call.lse_shape))
+    q, k, v = call.operands[:3]
+    launch = hopper_backward.gradient_launch(call, tile, space, q, k, v)
+    sequences, variant, _, work, _ = launch.arguments[-5:]
+    q_seq, k_seq = (
+        x if x.cu_seqlens is None else x._replace(cu_seqlens=Pointer(x.cu_seqlens))
+        for x in sequences
+    )
+    found = []
+    for number in range(_number(work.key_tiles) * _number(work.pairs)):
+        keys = key_tiles.find_keys(work, torch.tensor(number), q_seq, k_seq, variant.masks, tile)
+        steps: list[Step] = []
+        walk = key_tiles.start_walk(keys, work, tile)
+        base = key_tiles.first_block(work, q_seq, keys.batch, tile)
+        there = int(keys.blocks) * _number(work.heads.group) if keys.key >= 0 else 0
+        for _ in range(there):
+            row = key_tiles.row_of(keys, walk, tile)
+            block = key_tiles.block_of(row, walk, base, work, tile)
+            first = query_gradients.first_tile(row, keys, q_seq, k_seq, variant.masks, tile)
+            where = tuple(int(x) for x in keys[:3])
+            before = int(keys.key) // tile.block_n - int(first)
+            steps.append(Step(where, int(walk.head), int(row), int(block), before))
+            walk = key_tiles.go_on(walk, keys, work, tile)
+        found.append(steps)
+    return found
+
+
+CALLS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "full": ((4, 2, [(300, 400)] * 2), {}),
+    "causal": ((4, 4, [(700, 700)]), {"causal": True}),
+    "grouped": ((6, 2, [(500, 650)] * 2), {"causal": True}),
+    "more queries": ((3, 1, [(600, 300)]), {"causal": True, "dim": 64}),
+    "window": ((4, 2, [(900, 900)]), {"causal": True, "window_size": (200, 0)}),
+    "band": ((2, 2, [(500, 800)]), {"window_size": (130, 60), "dim": 256}),
+    "packed": ((4, 2, [(300, 300), (0, 70), (129, 1), (64, 200)]), {"causal": True}),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_tiles_add_to_every_block_that_sees_them_once(name: str, deterministic: bool) -> None:
+    arguments, keywords = CALLS[name]
+    call = _call(*arguments, **keywords)
+    tile = backward_tile(describe(call), deterministic)
+    steps = [x for tile in _steps(call, tile) for x in tile]
+    found = {(*x.tile, x.head, x.row) for x in steps}
+    assert len(found) == len(steps)
+    heads, kv_heads, lengths = arguments
+    window = keywords.get("window_size", (None, 0 if keywords.get("causal") else None))
+    for batch, (queries, keys) in enumerate(lengths):
+        distance = torch.arange(keys) - torch.arange(queries)[:, None] - (keys - queries)
+        seen = torch.ones_like(distance, dtype=torch.bool)
+        seen &= distance <= window[1] if window[1] is not None else seen
+        seen &= distance >= -window[0] if window[0] is not None else seen
+        for key in range(0, keys, tile.block_n):
+            for row in range(0, queries, tile.block_m):
+                if seen[row : row + tile.block_m, key : key + tile.block_n].any():
+                    for head in range(heads):
+                        assert (batch, head * kv_heads // heads, key, head, row) in found
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_tile_waits_for_all_tiles_before_it_and_for_no_others(name: str) -> None:
+    """So that nobody waits for a CTA that has not started, in an order of the shape alone."""
+    arguments, keywords = CALLS[name]
+    call = _call(*arguments, **keywords)
+    added: Counter[int] = Counter()
+    for steps in _steps(call, backward_tile(describe(call), deterministic=True)):
+        for step in steps:
+            assert step.before == added[step.block]
+        added.update(x.block for x in steps)
+        assert len({x.block for x in steps}) == len(steps)
+
+
+def _duration(tiles: list[list[Step]], ctas: int, ordered: bool) -> float:
+    """Steps until the last tile is done, where a share is in memory two thirds of a step after it
+    was computed, and a CTA computes one more while it waits to add one."""
+    free, locks = [0.0] * ctas, defaultdict[int, float](float)
+    for steps in tiles:
+        computed = added = 2.0 + heapq.heappop(free)
+        for step in steps:
+            computed = max(computed + 1, added)
+            added = max(computed, locks[step.block] if ordered else 0)
+            locks[step.block] = added + 0.66
+        heapq.heappush(free, added)
+    return max(free)
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "batch", "keywords"),
+    [(8, 2, 1, {"causal": True}), (4, 1, 4, {}), (4, 4, 2, {"causal": True}),
+     (8, 8, 1, {"causal": True, "window_size": (300, 0)})],
+)  # fmt: skip
+def test_tiles_hardly_wait_for_each_other(
+    heads: int, kv_heads: int, batch: int, keywords: dict[str, Any]
+) -> None:
+    """On 16 CTAs; with a group walked head by head the first case takes 1.25 times as long."""
+    call = _call(heads, kv_heads, [(1536, 1536)] * batch, **keywords)
+    tiles = _steps(call, backward_tile(describe(call), deterministic=True))
+    assert _duration(tiles, 16, True) < 1.05 * _duration(tiles, 16, False)
