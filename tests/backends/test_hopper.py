@@ -126,6 +126,19 @@ def test_backward_tiles_of_a_launch() -> None:
         assert space.rows.shape == (2 * blocks, 64)
 
 
+@pytest.mark.parametrize(
+    ("causal", "heads", "together"), [(False, 20, (1, 16)), (True, 20, (8, 16)), (True, 9, (8, 9))]
+)
+def test_tiles_of_many_heads_follow_each_other_in_order(
+    causal: bool, heads: int, together: tuple[int, int]
+) -> None:
+    call = normalise(*[_half(1, 4096, heads, 64)] * 3, causal=causal)
+    for deterministic, wanted in zip((False, True), together, strict=True):
+        tile = backward_tile(describe(call), deterministic)
+        work = hopper_backward._work(call, tile, operands.arguments(call).heads)
+        assert work.together == opaque(wanted)
+
+
 def test_which_tensors_tma_can_address() -> None:
     x = _half(2, 20, 4, 64)
     assert strides.maps(x)

@@ -28,6 +28,12 @@ TILES_TOGETHER = 256
 """Tiles that are taken longest first before those of other heads follow: about two for each of an
 H200's 132 SMs. Fewer, and CTAs end far apart; more, and dQ's sums leave L2."""
 
+HEADS_IN_ORDER = 16
+"""Heads whose tiles follow each other tile by tile where dQ is added in order. Tiles of a head that
+start together wait in turn; of 16 heads there are eight at a time on an H200, which then walk a few
+blocks apart, and what they read and add stays in L2 (simulated, causal, 4k, head dim 64: 1.27 times
+as long as in any order with 4 heads, 1.05 with 16; full 1.18 with one, 1.01 with 16)."""
+
 ROWS = layouts.ROWS.value
 """Keys of a warpgroup."""
 
@@ -159,6 +165,8 @@ def _work(call: Call, tile: HopperBackwardTile, opened: Heads) -> KeyWork:
         pairs, tiles = pairs * call.batch, tiles // call.batch
         if call.banded:
             together = min(pairs, heads_together(tiles))
+        if tile.adds == "in order":
+            together = min(pairs, max(together, HEADS_IN_ORDER))
     return KeyWork(opaque(tiles), opaque(blocks), opaque(pairs), opaque(together), opened)
 
 
