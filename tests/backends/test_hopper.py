@@ -12,7 +12,7 @@ from torch import Tensor
 
 from flashtile import hopper_tiles, strides
 from flashtile.api import normalise
-from flashtile.backends import hopper, hopper_backward, operands, tensormaps
+from flashtile.backends import hopper, hopper_backward, tensormaps
 from flashtile.explain import explain_problem
 from flashtile.hopper_backward_tiles import backward_tile, cannot_backward
 from flashtile.hopper_tiles import TILES, cannot, forward_tile, padded_dim
@@ -135,8 +135,24 @@ def test_tiles_of_many_heads_follow_each_other_in_order(
     call = normalise(*[_half(1, 4096, heads, 64)] * 3, causal=causal)
     for deterministic, wanted in zip((False, True), together, strict=True):
         tile = backward_tile(describe(call), deterministic)
-        work = hopper_backward._work(call, tile, operands.arguments(call).heads)
+        work = hopper_backward._work(call, tile, 1)
         assert work.together == opaque(wanted)
+
+
+@pytest.mark.parametrize(
+    ("tiles", "group", "parts"),
+    [(64, 32, 4), (512, 4, 1), (231, 8, 1), (230, 8, 2), (1, 8, 8), (100, 3, 3), (0, 4, 4),
+     (64, 1, 1)],
+)  # fmt: skip
+def test_groups_of_few_tiles_go_in_parts(tiles: int, group: int, parts: int) -> None:
+    """As few as leave 132 multiprocessors nearly two tiles each, all of a size."""
+    assert hopper_backward.parts_of_groups(tiles, group, 132) == parts
+
+
+def test_parts_of_a_kv_head_are_summed() -> None:
+    x = torch.randn(2, 5, 6, 8)
+    found = hopper_backward._sum_of_parts(x, 3)
+    torch.testing.assert_close(found, torch.stack([x[..., :3, :].sum(2), x[..., 3:, :].sum(2)], 2))
 
 
 def test_which_tensors_tma_can_address() -> None:

@@ -114,17 +114,19 @@ def _call(heads: int, kv_heads: int, lengths: list[tuple[int, int]], **given: An
     return normalise(q, k, k, **given)
 
 
-def _steps(call: Call, tile: HopperBackwardTile) -> list[list[Step]]:
+def _steps(call: Call, tile: HopperBackwardTile, parts: int = 1) -> list[list[Step]]:
     """What each tile adds, tile by tile as the launch counts them."""
     space = hopper_backward.workspace(call, tile, torch.zeros(call.lse_shape))
     q, k, v = call.operands[:3]
-    launch = hopper_backward.gradient_launch(call, tile, space, q, k, v)
+    dk, dv = (x.repeat_interleave(parts, -2) for x in (k, v))
+    launch = hopper_backward.gradient_launch(call, tile, space, q, dk, dv)
     sequences, variant, _, work, _ = launch.arguments[-5:]
     q_seq, k_seq = (
         x if x.cu_seqlens is None else x._replace(cu_seqlens=Pointer(x.cu_seqlens))
         for x in sequences
     )
     found = []
+    assert launch.grid in (1, _number(work.key_tiles) * _number(work.pairs))
     for number in range(_number(work.key_tiles) * _number(work.pairs)):
         keys = key_tiles.find_keys(work, torch.tensor(number), q_seq, k_seq, variant.masks, tile)
         steps: list[Step] = []
@@ -135,7 +137,7 @@ def _steps(call: Call, tile: HopperBackwardTile) -> list[list[Step]]:
             row = key_tiles.row_of(keys, walk, tile)
             block = key_tiles.block_of(row, walk, base, work, tile)
             first = query_gradients.first_tile(row, keys, q_seq, k_seq, variant.masks, tile)
-            where = tuple(int(x) for x in keys[:3])
+            where = (int(keys.batch), int(keys.kv_head) // parts, int(keys.key))
             before = int(keys.key) // tile.block_n - int(first)
             steps.append(Step(where, int(walk.head), int(row), int(block), before))
             walk = key_tiles.go_on(walk, keys, work, tile)
@@ -152,15 +154,23 @@ CALLS: dict[str, tuple[Any, dict[str, Any]]] = {
     "band": ((2, 2, [(500, 800)]), {"window_size": (130, 60), "dim": 256}),
     "packed": ((4, 2, [(300, 300), (0, 70), (129, 1), (64, 200)]), {"causal": True}),
 }
+PARTS = {"grouped": 3, "more queries": 3, "packed": 2}
 
 
-@pytest.mark.parametrize("name", CALLS)
+def _all_calls(test: Any) -> Any:
+    whole = [(name, 1) for name in CALLS]
+    return pytest.mark.parametrize(("name", "parts"), [*whole, *PARTS.items()])(test)
+
+
+@_all_calls
 @pytest.mark.parametrize("deterministic", [False, True])
-def test_tiles_add_to_every_block_that_sees_them_once(name: str, deterministic: bool) -> None:
+def test_tiles_add_to_every_block_that_sees_them_once(
+    name: str, parts: int, deterministic: bool
+) -> None:
     arguments, keywords = CALLS[name]
     call = _call(*arguments, **keywords)
     tile = backward_tile(describe(call), deterministic)
-    steps = [x for tile in _steps(call, tile) for x in tile]
+    steps = [x for tile in _steps(call, tile, parts) for x in tile]
     found = {(*x.tile, x.head, x.row) for x in steps}
     assert len(found) == len(steps)
     heads, kv_heads, lengths = arguments
@@ -177,13 +187,13 @@ def test_tiles_add_to_every_block_that_sees_them_once(name: str, deterministic: 
                         assert (batch, head * kv_heads // heads, key, head, row) in found
 
 
-@pytest.mark.parametrize("name", CALLS)
-def test_a_tile_waits_for_all_tiles_before_it_and_for_no_others(name: str) -> None:
+@_all_calls
+def test_a_tile_waits_for_all_tiles_before_it_and_for_no_others(name: str, parts: int) -> None:
     """So that nobody waits for a CTA that has not started, in an order of the shape alone."""
     arguments, keywords = CALLS[name]
     call = _call(*arguments, **keywords)
     added: Counter[int] = Counter()
-    for steps in _steps(call, backward_tile(describe(call), deterministic=True)):
+    for steps in _steps(call, backward_tile(describe(call), deterministic=True), parts):
         for step in steps:
             assert step.before == added[step.block]
         added.update(x.block for x in steps)

@@ -245,6 +245,16 @@ def test_deterministic_gradients(
         assert all(torch.equal(found.grads[n], expected.grads[n]) for n in "qkv")
 
 
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_gradients_of_groups_in_one_part(dim: int, deterministic: bool) -> None:
+    """240 tiles of 80 KV heads (480 at head dim 256): one CTA has all query heads of a group."""
+    problem = Case("groups", 350, 350, heads=160, kv_heads=80, head_dim=dim,
+                   features={"causal": True}).draw(dim, BF16, "cuda")  # fmt: skip
+    problem.keywords["deterministic"] = deterministic
+    assert_matches_reference(problem)
+
+
 PACKED: list[dict[str, Any]] = [
     {}, {"causal": True}, {"window_size": (40, 10)}, {"window_size": (9, -1)},
     {"causal": True, "softcap": 5.0},

@@ -100,14 +100,14 @@ def load_tile(inputs, side, blocks, tile, n, i, q_seq, k_seq, work, TILE: gl.con
         barriers.sync(TILE_DONE, EVERYBODY)
     PARTS: gl.constexpr = TILE.block_n // layouts.ROWS
     mbarrier.expect(side.full, PARTS * (bytes_of(inputs.k) + bytes_of(inputs.v)))
-    key = k_window.row + tile.key
+    kv_head, key = tile.kv_head // pinned(work.parts), k_window.row + tile.key
     for w in gl.static_range(PARTS):
-        load_rows(inputs.k, k_window.batch, tile.kv_head, key + w * layouts.ROWS, side.full,
+        load_rows(inputs.k, k_window.batch, kv_head, key + w * layouts.ROWS, side.full,
                   side.k.index(w))  # fmt: skip
     if n == 0 and steps > 0:
         blocks.fill_queries(i, inputs, q_window.batch, walk.head, q_window.row + row, block)
     for w in gl.static_range(PARTS):
-        load_rows(inputs.v, k_window.batch, tile.kv_head, key + w * layouts.ROWS, side.full,
+        load_rows(inputs.v, k_window.batch, kv_head, key + w * layouts.ROWS, side.full,
                   side.v.index(w))  # fmt: skip
     for j in range(steps):
         row = row_of(tile, walk, TILE)
@@ -248,7 +248,7 @@ def make_side(inputs, dq, TILE: gl.constexpr):
 @gluon.jit
 def attention_backward(q, k, v, dout, rows, dq, dk, dv, sequences, variant, scale, work,
                        TILE: gl.constexpr):  # fmt: skip
-    """dK and dV of tiles of keys of a KV head, and their part of dQ.
+    """dK and dV of tiles of keys of a KV head, or of a part of its group, and their part of dQ.
 
     Triton takes descriptors as arguments of their own only; sequences is those of (queries, keys).
     """

@@ -30,9 +30,10 @@ class KeyWork(NamedTuple):
 
     key_tiles: Any  # opaque, tiles of keys of a head
     query_blocks: Any  # opaque, blocks of queries of a head
-    pairs: Any  # opaque, KV heads: of all batches, or of packed sequences
+    pairs: Any  # opaque, KV heads, as many times as parts: of all batches, or of packed sequences
     together: Any  # opaque, pairs whose tiles follow each other tile by tile
-    heads: Any  # Heads
+    heads: Any  # Heads, the group a part of a KV head's
+    parts: Any  # opaque, of the query heads of a KV head, each with tiles of its own
     counter: Any = None  # (1,) int32: tiles taken, where CTAs take several
     locks: Any = None  # int32 of each block of queries: see `query_gradients`
 
@@ -41,7 +42,7 @@ class KeyTile(NamedTuple):
     """Keys of one head, and the queries that may see them."""
 
     batch: Any
-    kv_head: Any
+    kv_head: Any  # counted with each of its parts
     key: Any  # first key, or -1 past the last tile
     row: Any  # first query of the first block
     blocks: Any  # of each query head; may be 0
