@@ -17,6 +17,7 @@ from flashtile.cli.app import app
 from flashtile.compiling.cases import FEATURES, VARIANTS, Case, build, device_cases, every_case
 from flashtile.compiling.pool import Job, machine_of
 from flashtile.compiling.record import Record
+from flashtile.decode_tiles import decode_config, shared_bytes
 from flashtile.plan import Device, plan
 from flashtile.problem import describe
 from flashtile.tiles import KernelConfig
@@ -110,6 +111,21 @@ def test_registers_of_a_tile_are_bounded(tmp_path: Path) -> None:
 
     assert 3 * found["registers"] * 32 * found["num_warps"] <= 65_536
     assert found["spill_bytes"] <= 32
+
+
+def test_decoding_over_pages_has_its_blocks_on_their_way(tmp_path: Path) -> None:
+    """Triton makes one block of stages that a table, read in the loop, leads to the values of."""
+    case = Case("decode-e4m3", "bfloat16", 128, 128)
+    match = f"{case} attention_decode"
+    done = _run(
+        tmp_path, "-m", "flashtile", "compile", "--arch", "sm_90", "--match", match, "--json",
+        "--workers", "1",
+    )  # fmt: skip
+    found = json.loads(done.stdout)
+    problem = replace(describe(build(case)), device="cuda")
+
+    assert len(found) == 1, done.stderr
+    assert found[0]["shared_bytes"] >= shared_bytes(decode_config("sm_90", problem), problem)
 
 
 def test_faults_exit_with_1_and_are_in_the_table(monkeypatch: pytest.MonkeyPatch) -> None:

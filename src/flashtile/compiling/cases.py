@@ -103,9 +103,11 @@ def _decode_pages() -> dict[str, Any]:
 
 
 def _decode_e4m3() -> dict[str, Any]:
-    """Scales of keys by head, of values by token."""
-    scales = {"k_descale": _meta(KV_HEADS), "v_descale": _meta(BATCH, TOKENS, KV_HEADS)}
-    return {**_decode(), **scales, "split_size": 256}
+    """Small pages; scales of keys by head, of values by token."""
+    table = _meta(BATCH, TOKENS // SMALL_PAGE, dtype=torch.int32)
+    pages = BATCH * TOKENS // SMALL_PAGE
+    scales = {"k_descale": _meta(KV_HEADS), "v_descale": _meta(pages, SMALL_PAGE, KV_HEADS)}
+    return {**_decode(), **scales, "block_table": table, "split_size": 256}
 
 
 VARIANTS: dict[str, Callable[[], dict[str, Any]]] = {

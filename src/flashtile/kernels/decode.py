@@ -20,7 +20,7 @@ import triton.language as tl
 from flashtile.kernels.masks import At, key_range, visible
 from flashtile.kernels.numbers import LN2, LOG2E, number
 from flashtile.kernels.scores import apply_score_mods
-from flashtile.kernels.views import inside, load_scales, open_sequence, row_pointers, tokens
+from flashtile.kernels.views import inside, open_sequence, row_pointers, tokens
 from flashtile.kernels.widen import (
     finish_state,
     fold,
@@ -152,7 +152,9 @@ def load_queries(q, q_seq, span, rows, FIRST: tl.constexpr, DIM: tl.constexpr,
 
 @triton.jit
 def find_pages(seq, span, first, TILE: tl.constexpr):
-    """Pages of the block of keys from `first` on: one, or one for each row; 0 past the end."""
+    """Pages of the block of keys from `first` on: one, or one for each row; 0 past the end. As the
+    table has them, which may be none: a loop loads a block ahead what it hands on as loaded, and
+    what it computes of that, where it is used."""
     if seq.table is None:
         return 0
     else:
@@ -160,8 +162,7 @@ def find_pages(seq, span, first, TILE: tl.constexpr):
         idx = first
         if TILE.page_size % TILE.block_n != 0:
             idx = first + tl.arange(0, TILE.block_n)
-        page = tl.load(table + idx // TILE.page_size, mask=idx < span.length, other=0)
-        return inside(page, seq)
+        return tl.load(table + idx // TILE.page_size, mask=idx < span.length, other=0)
 
 
 @triton.jit
@@ -178,15 +179,30 @@ def load_keys(x, base, seq, span, first, pages, DIM: tl.constexpr, PADDED: tl.co
     if seq.table is None:
         base += tl.cast(first, tl.int64) * stride_token
     elif TILE.page_size % TILE.block_n == 0:
-        base += tl.cast(pages, tl.int64) * stride_batch
+        base += inside(pages, seq).to(tl.int64) * stride_batch
         base += tl.cast(first % TILE.page_size, tl.int64) * stride_token
     if seq.table is None or TILE.page_size % TILE.block_n == 0:
         rows = idx if x.far is None else idx.to(tl.int64)
         rows *= stride_token
     else:
         rows = ((first + idx) % TILE.page_size).to(tl.int64) * stride_token
-        rows += pages.to(tl.int64) * stride_batch
+        rows += inside(pages, seq).to(tl.int64) * stride_batch
     return tl.load(base + (rows[:, None] + dims[None, :]), mask=valid, other=0.0)
+
+
+@triton.jit
+def load_own_scales(x, seq, span, kv_head, first, pages, TILE: tl.constexpr):
+    """(BLOCK_N,) scales of the keys from `first` on, 0 past the end. `pages` as for the keys: a
+    table read for them once more leaves one block of keys on its way, not three."""
+    idx = first + tl.arange(0, TILE.block_n)
+    if seq.table is None:
+        row, token = span.row, span.start + idx
+    else:
+        row, token = inside(pages, seq).to(tl.int64), idx % TILE.page_size
+    head = tl.cast(kv_head, tl.int64) * number(x.stride_head)
+    base = x.ptr + span.batch * number(x.stride_batch) + head
+    offsets = row * number(x.stride_row) + token.to(tl.int64) * number(x.stride_token)
+    return tl.load(base + offsets, mask=idx < span.length, other=0.0)
 
 
 @triton.jit
@@ -231,20 +247,21 @@ def attend_keys(q, k, v, q_seq, k_seq, rows, at, begin, end, kv_head, variant, s
             values = load_keys(
                 v, v_base, k_seq, at.k, first, pages, TILE.dim_v, TILE.padded_v, WIDE, TILE
             )
+        v_scales = None
+        if TILE.scaled_keys:
+            k_scales = load_own_scales(variant.k_scale, k_seq, at.k, kv_head, first, pages, TILE)
+        if TILE.scaled_values:
+            v_scales = load_own_scales(variant.v_scale, k_seq, at.k, kv_head, first, pages, TILE)
         pages = find_pages(k_seq, at.k, first + BLOCK_N, TILE)
         s = score_step(q_tile, keys, None, work, TILE)
         if TILE.tail > 0:
             s = score_step(q_tail, tails, s, work, TILE)
         if TILE.scaled_keys:
-            scales = load_scales(variant.k_scale, k_seq, at.k, kv_head, first, BLOCK_N)
-            s *= scales[None, :] * score_unit(DTYPE, TILE)
+            s *= k_scales[None, :] * score_unit(DTYPE, TILE)
         else:
             s *= k_scale
         s = apply_score_mods(variant.score_mods, s, here)
         s = tl.where(visible(variant.masks, here), s, -float("inf"))
-        v_scales = None
-        if TILE.scaled_values:
-            v_scales = load_scales(variant.v_scale, k_seq, at.k, kv_head, first, BLOCK_N)
         state = fold(state, s, scale.log2, values, here, v_scales, DTYPE, work, TILE)
     return finish_state(state, common_scale(variant.v_scale, at.k, kv_head), DTYPE, TILE)
 
