@@ -7,7 +7,13 @@ from typing import Any
 
 import pytest
 
-from flashtile.decode_tiles import SHARED_PER_SM, cannot_decode, decode_config, shared_bytes
+from flashtile.decode_tiles import (
+    REGISTERS_PER_SM,
+    SHARED_PER_SM,
+    cannot_decode,
+    decode_config,
+    shared_bytes,
+)
 from flashtile.explain import explain_problem
 from flashtile.plan import Device, plan
 from flashtile.problem import AttentionProblem
@@ -79,7 +85,19 @@ def test_tiles_fit_together(arch: str, dtype: str, features: frozenset[str]) -> 
             assert config.programs_per_sm * (need + 1024) <= SHARED_PER_SM[arch] or (
                 config.programs_per_sm == 1
             )
+            threads = 32 * config.num_warps * config.programs_per_sm
+            assert (config.max_registers or 0) * threads <= REGISTERS_PER_SM
             assert config.block_m >= min(16, seqlen_q * 4)
+
+
+def test_a_limit_of_registers_is_for_three_programs_together() -> None:
+    e4m3 = frozenset({"fp8_cache"})
+    three = decode_config("sm_90", replace(LLAMA, features=e4m3))
+    two = decode_config("sm_90", replace(LLAMA, features=e4m3 | {"token_scales"}))
+
+    assert (three.programs_per_sm, three.max_registers) == (3, 168)
+    assert (two.programs_per_sm, two.max_registers) == (2, None)
+    assert decode_config("sm_90", LLAMA).max_registers is None
 
 
 def test_split_size_has_one_tile_whatever_the_longest_queries() -> None:

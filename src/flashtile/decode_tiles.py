@@ -39,6 +39,10 @@ SHARED_PER_SM = {
 """Bytes of shared memory of a multiprocessor; each block that runs on it takes 1,024 besides."""
 
 
+REGISTERS_PER_SM = 65_536
+"""Of NVIDIA's GPUs; a thread gets a multiple of 8."""
+
+
 @dataclass(frozen=True)
 class DecodeConfig:
     """How the decode kernels are launched."""
@@ -48,6 +52,13 @@ class DecodeConfig:
     num_warps: int
     num_stages: int
     programs_per_sm: int = 2  # all of them at the same time: two waves are 1% to 3% slower
+
+    @property
+    def max_registers(self) -> int | None:
+        """Of a thread, for three programs to have room together; None: what it takes, which is no
+        more than two of 128 threads have."""
+        threads = 32 * self.num_warps * self.programs_per_sm
+        return None if self.programs_per_sm < 3 else REGISTERS_PER_SM // threads // 8 * 8
 
 
 _Numbers = tuple[int, int, int]  # programs_per_sm, block_n, num_stages
@@ -63,6 +74,12 @@ _E4M3: tuple[_Numbers, ...] = ((2, 128, 4), (2, 128, 3), *_HALF)
 """Twice the keys are as many bytes, and as much time for what there is once a block: 448 SASS
 instructions for 64 keys of head dim 128 rather than 510. Tiles of 64 rows have no registers for it
 (404 bytes of spills)."""
+
+_E4M3_SHARED_SCALES: tuple[_Numbers, ...] = ((3, 128, 3), *_E4M3)
+"""Half of the instructions widen, and a block's depend on one another: a third program, whose 168
+registers a thread spill nothing in the loop over keys, fills the gaps. us at 32 x 16k, 32/8 heads
+(H200), of two and of three: a head's scales 302, 296; page 16 322, 299; fp16 queries 326, 300. With
+scales of tokens 312, 355."""
 
 _FP32: tuple[_Numbers, ...] = ((2, 32, 3), (2, 32, 2), (1, 32, 2), (1, 16, 2), (1, 16, 1))
 
@@ -120,7 +137,7 @@ def decode_config(arch: str, problem: AttentionProblem) -> DecodeConfig:
     limit = SHARED_LIMIT.get(arch, LEAST_SHARED)
     numbers = _HALF if half else _FP32
     if half and "fp8_cache" in p.features and block_m < MOST_ROWS:
-        numbers = _E4M3
+        numbers = _E4M3 if "token_scales" in p.features else _E4M3_SHARED_SCALES
     for rows, (together, block_n, stages) in product((block_m, 16), numbers):
         config = DecodeConfig(rows, block_n, warps, stages, together)
         # 256 threads may have all registers of a multiprocessor.

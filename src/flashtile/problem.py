@@ -262,6 +262,8 @@ def _features(call: Call) -> frozenset[str]:
     }
     if call.quantized:
         names.add("fp8_cache")
+    if any(x is not None and x.dim() == 3 for x in (operands.k_descale, operands.v_descale)):
+        names.add("token_scales")  # see `quantize.scale_kind`
     if call.held and not alike(operands.k, operands.v):
         names.add("scattered_cache")
     if variant.softcap > 0.0:

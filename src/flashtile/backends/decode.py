@@ -62,6 +62,7 @@ def launches(call: Call, plan: Plan, out: Tensor, lse: Tensor) -> tuple[Launch, 
             (a.q, a.k, a.v, *results, a.q_seq, a.k_seq, variant, sink, a.scale, a.heads, work,
              tile),
             config.num_warps, config.num_stages,
+            max_registers=config.max_registers if plan.nvidia else None,
         ),
         Launch(
             combine.combine_parts, merges,
