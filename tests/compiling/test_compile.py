@@ -113,6 +113,32 @@ def test_registers_of_a_tile_are_bounded(tmp_path: Path) -> None:
     assert found["spill_bytes"] <= 32
 
 
+PREFIX = """
+from dataclasses import replace
+import torch
+from flashtile.backends import decode
+from flashtile.compiling.cases import Case, build
+from flashtile.compiling.offline import compile_launch
+from flashtile.plan import Device, plan
+from flashtile.problem import describe
+
+call = build(Case("decode", "bfloat16", 128, 128))
+chosen = plan(replace(describe(call), device="cuda"), Device("cuda", "sm_90", True))
+out, lse = torch.empty_like(call.operands.q), torch.empty(call.lse_shape, device="meta")
+for launch in decode.launches(call, chosen, out, lse, (out.float(), lse)):
+    print(compile_launch(launch, "sm_90")[0].metadata.name)
+"""
+
+
+def test_decoding_after_a_prefix_compiles(tmp_path: Path) -> None:
+    """No call has one by itself, so that no case does."""
+    program = tmp_path / "program.py"
+    program.write_text(PREFIX)
+    done = _run(tmp_path, str(program))
+
+    assert done.stdout.split() == ["attention_decode", "combine_parts"], done.stderr
+
+
 def test_decoding_over_pages_has_its_blocks_on_their_way(tmp_path: Path) -> None:
     """Triton makes one block of stages that a table, read in the loop, leads to the values of."""
     case = Case("decode-e4m3", "bfloat16", 128, 128)

@@ -103,3 +103,40 @@ def test_a_captured_graph_replays_with_other_lengths() -> None:
         lengths.copy_(torch.where(torch.rand(len(LENGTHS), device="cuda") < 0.3, 0, new))
         graph.replay()
         assert torch.equal(out, flash_attn_with_kvcache(q, *caches, **keywords)), replay
+
+
+@pytest.mark.parametrize("page", [0, 16])
+def test_e4m3_with_scales_by_token(page: int) -> None:
+    """Three programs a multiprocessor, whose tables and scales are loaded blocks ahead."""
+    torch.manual_seed(page)
+    caches, keywords = _cache(page, 128, torch.bfloat16)
+    caches = [x.nan_to_num_(400.0).to(torch.float8_e4m3fn) for x in caches]
+    for name, x in zip("kv", caches, strict=True):
+        keywords[f"{name}_descale"] = torch.rand(x.shape[:3], device="cuda") + 0.5
+    q = torch.randn(len(LENGTHS), 2, HEADS, 128, device="cuda").to(torch.bfloat16)
+    out = flash_attn_with_kvcache(q, *caches, **keywords, causal=True)
+    golden, _, _ = reference.attention_with_kvcache(q, *caches, **keywords, causal=True)
+    error = (out.double() - golden.out.double()).norm() / golden.out.double().norm()
+    assert error < 6e-3
+
+
+@pytest.mark.parametrize("batch", [6, 36])
+def test_a_prefix_that_all_rows_see(batch: int) -> None:
+    """In shares of the keys, and in parts of them where tiles of 64 rows are several."""
+    torch.manual_seed(batch)
+    q = torch.randn(batch, 1, HEADS, 128, device="cuda").to(torch.bfloat16)
+    caches = torch.randn(2, batch, 600, KV_HEADS, 128, device="cuda").to(torch.bfloat16)
+    prefix = torch.randn(2, 1100, KV_HEADS, 128, device="cuda").to(torch.bfloat16)
+    lengths = torch.randint(0, 601, (batch,), device="cuda", dtype=torch.int32)
+    lengths[0] = 0
+    out, lse = flash_attn_with_kvcache(
+        q, *caches, cache_seqlens=lengths, prefix=tuple(prefix), return_softmax_lse=True
+    )
+    longer = [torch.cat((p.expand(batch, -1, -1, -1), x), 1)
+              for p, x in zip(prefix, caches, strict=True)]  # fmt: skip
+    golden, _, _ = reference.attention_with_kvcache(q, *longer, cache_seqlens=lengths + 1100)
+    eager, _, _ = reference.attention_with_kvcache(
+        q, *longer, cache_seqlens=lengths + 1100, dtype=None
+    )
+    assert_within_budget(out, eager.out, golden.out, "out")
+    assert_within_budget(lse, eager.lse, golden.lse, "lse")

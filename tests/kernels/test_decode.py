@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from flashtile import decode_tiles, flash_attn_varlen_func, flash_attn_with_kvcache, plan, reference
-from flashtile.backends import decode
+from flashtile.backends import cached, decode
 from flashtile.decode_tiles import DecodeConfig
 from flashtile.testing import assert_within_budget, fence
 
@@ -170,6 +170,61 @@ def test_ragged_queries(longest: int | None, page: int) -> None:
     assert_within_budget(lse, eager.lse, golden.lse, "lse")
     assert out[~there].eq(0).all()
     assert lse[:, ~there].eq(-math.inf).all()
+
+
+@pytest.mark.parametrize("features", [
+    {}, {"causal": True, "learnable_sink": torch.tensor([0.5, -1.0, 2.0, 0.0])}, {"num_splits": 3},
+], ids=str)  # fmt: skip
+@pytest.mark.parametrize("ragged", [False, True])
+def test_a_prefix_joins_in_the_last_launches(ragged: bool, features: dict[str, Any]) -> None:
+    """Where it is a row's only key, where one program had the others, where several had."""
+    torch.manual_seed(1)
+    lengths = (70, 5, 33) if "causal" in features else (70, 0, 1)
+    caches, keywords = _cache(lengths, 72)
+    for cache in caches:
+        cache.nan_to_num_(1.0)
+    prefix = torch.randn(2, 40, KV_HEADS, DIM)
+    q = torch.randn(3, 4, HEADS, DIM)
+    counts = (4, 4, 2) if ragged else (4, 4, 4)
+    given = torch.cat([x[:n] for x, n in zip(q, counts, strict=True)]) if ragged else q
+    offsets = {"cu_seqlens_q": _ints(0, 4, 8, 10)} if ragged else {}
+    with (
+        patch.object(decode, "run", wraps=decode.run) as launched,
+        patch.object(cached, "_merge") as merged,
+    ):
+        out, lse = flash_attn_with_kvcache(
+            given, *caches, **keywords, **features, **offsets, prefix=tuple(prefix),
+            return_softmax_lse=True,
+        )  # fmt: skip
+    assert launched.call_count == 4
+    merged.assert_not_called()
+    longer = [torch.cat((p.expand(3, -1, -1, -1), x), 1)
+              for p, x in zip(prefix, caches, strict=True)]  # fmt: skip
+    for row, (length, count) in enumerate(zip(lengths, counts, strict=True)):
+        place = slice(4 * row, 4 * row + count)
+        exact, _, _ = reference.attention_with_kvcache(
+            q[row : row + 1, :count], *(x[row : row + 1] for x in longer),
+            cache_seqlens=length + 40, **{n: x for n, x in features.items() if n != "num_splits"},
+        )  # fmt: skip
+        found = (out[place], lse[:, place]) if ragged else (out[row], lse[row])
+        torch.testing.assert_close(found[0], exact.out[0].float(), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(found[1], exact.lse[0].float(), rtol=1e-5, atol=1e-5)
+
+
+def test_a_prefix_that_many_queries_see_is_split() -> None:
+    """72 rows of 16 keys each, where tiles have 64 rows."""
+    caches, keywords = _cache((40,) * 36, 40)
+    q, prefix = torch.randn(36, 1, HEADS, DIM), torch.randn(2, 70, KV_HEADS, DIM)
+    with (
+        patch.object(cached, "PART", 16),
+        patch.object(decode, "launches", wraps=decode.launches) as launches,
+    ):
+        out = flash_attn_with_kvcache(q, *caches, **keywords, prefix=tuple(prefix))
+    assert [x.args[0].variant.num_splits for x in launches.call_args_list] == [4, 0]
+    longer = [torch.cat((p.expand(36, -1, -1, -1), x), 1)
+              for p, x in zip(prefix, caches, strict=True)]  # fmt: skip
+    exact, _, _ = reference.attention_with_kvcache(q, *longer)
+    torch.testing.assert_close(out, exact.out.float(), rtol=1e-5, atol=1e-5)
 
 
 def test_rows_of_a_cache_in_another_order_and_padded() -> None:

@@ -14,8 +14,15 @@ from torch import Tensor
 from flashtile.backends import cache
 from flashtile.backends.cache import NewTokens
 from flashtile.backends.replays import make
+from flashtile.decode_tiles import MOST_ROWS
 from flashtile.plan import Plan
 from flashtile.problem import UNBOUNDED, Call, Operands, Sequences
+
+SPLIT_ROWS, PARTS, PART = 512, 32, 256
+"""Where at most so many queries times heads of a KV head see a prefix, its keys are in so many
+parts of so many keys at least, each for all KV heads of a tile of queries. The general kernels have
+a program for 128 queries of a head: 32 for an H200's 132 multiprocessors, where 32 sequences with
+a query each have 32 heads."""
 
 Planner = Callable[[Call], Plan]
 Chooser = Callable[[Plan], Any]
@@ -31,8 +38,13 @@ def forward(call: Call, new: NewTokens, plan: Planner, backend: Chooser) -> tupl
     q, prefix_k, prefix_v = call.operands.q, new.prefix_k, new.prefix_v
     if prefix_k is None or prefix_v is None or prefix_k.shape[0] == 0 or q.numel() == 0:
         return backend(chosen).forward(call, chosen)
-    ours, theirs = _attend(call, plan), _attend(_over_prefix(call, prefix_k, prefix_v), plan)
-    lse = make(partial(torch.reshape, shape=tuple(ours[1].shape)), _heads_first(call, theirs[1]))
+    theirs = _attend(_over_prefix(call, prefix_k, prefix_v), plan)
+    lse = _heads_first(call, theirs[1])
+    if chosen.decode is not None:
+        shape = *q.shape[:-1], prefix_v.shape[-1]
+        out = make(partial(torch.reshape, shape=shape), theirs[0])
+        return backend(chosen).forward(call, chosen, prefix=(out, lse))
+    ours = _attend(call, plan)
     out = make(partial(_merge, dtype=q.dtype), *ours, theirs[0], lse)
     return out, make(torch.logaddexp, ours[1], lse)
 
@@ -56,6 +68,9 @@ def _over_prefix(call: Call, k: Tensor, v: Tensor) -> Call:
     of the cache: neither causality nor a window to the right reaches it."""
     q, cu_seqlens = call.operands.q, call.sequences.cu_seqlens_q
     variant = call.variant._replace(window_left=UNBOUNDED, window_right=UNBOUNDED, latent=False)
+    planned = not (variant.num_splits or variant.split_size)
+    if planned and MOST_ROWS < q.numel() // (q.shape[-1] * k.shape[-2]) <= SPLIT_ROWS:
+        variant = variant._replace(num_splits=min(PARTS, k.shape[0] // PART))
     if cu_seqlens is None:
         rows = make(partial(torch.reshape, shape=(1, -1, *q.shape[2:])), q)
         k, v = (make(partial(torch.unsqueeze, dim=0), x) for x in (k, v))

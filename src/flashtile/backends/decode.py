@@ -32,19 +32,31 @@ SCANS = (32, 1024)
 """Sequences that a program looks at together: the first that holds the batch, or the last."""
 
 
-def forward(call: Call, plan: Plan, out_dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+def forward(
+    call: Call,
+    plan: Plan,
+    out_dtype: torch.dtype | None = None,
+    prefix: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
     """(out, lse) of a call; rows of no sequence and rows that see no key are 0 and -inf. out is in
-    q's dtype, unless another is given."""
+    q's dtype, unless another is given. prefix: out, contiguous, and lse, in the call's shapes and
+    fp32, of keys that all queries see besides."""
     q, v = call.operands.q, call.operands.v
     out = empty((*q.shape[:-1], v.shape[-1]), q, out_dtype)
     lse = empty(call.lse_shape, q, torch.float32)
     if lse.numel() > 0:
-        for launch in launches(call, plan, out, lse):
+        for launch in launches(call, plan, out, lse, prefix):
             run(launch)
     return out, lse
 
 
-def launches(call: Call, plan: Plan, out: Tensor, lse: Tensor) -> tuple[Launch, Launch]:
+def launches(
+    call: Call,
+    plan: Plan,
+    out: Tensor,
+    lse: Tensor,
+    prefix: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Launch, Launch]:
     """The attention, and the merge of what it had to split."""
     if plan.decode is None:
         raise ValueError(f"plan.decode is None; the plan is for the {plan.backend} backend")
@@ -54,6 +66,8 @@ def launches(call: Call, plan: Plan, out: Tensor, lse: Tensor) -> tuple[Launch, 
     if call.quantized:
         a = a._replace(k=_bytes(a.k.ptr), v=_bytes(a.v.ptr))
     grid, work = _work(call, config, tile, plan.nvidia)
+    if prefix is not None:
+        work = work._replace(prefix=kernels.Prefix(prefix[0], row_view(prefix[1])))
     results = token_view(out), row_view(lse)
     merges = max(grid, COMBINES * processors(call.operands.q.device))
     return (

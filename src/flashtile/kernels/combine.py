@@ -31,7 +31,7 @@ def clear_rows(out, lse, batch, q_seq, k_seq, masks, sink, heads, work, TILE: tl
     for i in range(tl.maximum(tiles - done, 0) * number(work.kv_heads)):
         kv_head, tile = i // (tiles - done), done + i % (tiles - done)
         rows = tile_rows(kv_head * tiles + tile, tiles, heads, BLOCK_M)
-        store_rows(out, lse, empty, q_seq, q_span, rows, sink, TILE)
+        store_rows(out, lse, empty, q_seq, q_span, rows, sink, work.prefix, TILE)
 
 
 @triton.jit
@@ -82,4 +82,4 @@ def combine_parts(out, lse, q_seq, k_seq, masks, sink, heads, work, TILE: tl.con
             place = tile % q_tiles * TILE.block_m + row + tl.arange(0, 1)
             those = Rows(place // group, tile // q_tiles * group + place % group)
             state = merge_row(work.parts, record, count, rows, row, work.cut is None, TILE)
-            store_rows(out, lse, state, q_seq, q_span, those, sink, TILE)
+            store_rows(out, lse, state, q_seq, q_span, those, sink, work.prefix, TILE)

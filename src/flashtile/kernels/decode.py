@@ -17,10 +17,11 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from flashtile.kernels.forward import Softmax
 from flashtile.kernels.masks import At, key_range, visible
 from flashtile.kernels.numbers import LN2, LOG2E, number
 from flashtile.kernels.scores import apply_score_mods
-from flashtile.kernels.views import inside, open_sequence, row_pointers, tokens
+from flashtile.kernels.views import TokenView, inside, open_sequence, row_pointers, tokens
 from flashtile.kernels.widen import (
     finish_state,
     fold,
@@ -42,6 +43,13 @@ class Parts(NamedTuple):
     count: Any  # (1,) int64, how many records there are
 
 
+class Prefix(NamedTuple):
+    """What attention to keys before those of all sequences gave."""
+
+    out: Any  # fp32, strides of the result
+    lse: Any  # RowView
+
+
 class Work(NamedTuple):
     """How work is dealt out. A unit is a block of keys of a tile, or with `cut` a part of a tile's
     keys that one program has, whatever else is in the batch."""
@@ -53,6 +61,7 @@ class Work(NamedTuple):
     cut: Any = None  # function of (blocks, size): blocks of a part
     size: Any = None  # opaque
     widen: Any = None  # function of (tile, dtype): (even, odd) dims of e4m3, with `TILE.pairs`
+    prefix: Any = None  # Prefix that all queries have seen besides, or None
 
 
 class Row(NamedTuple):
@@ -267,9 +276,28 @@ def attend_keys(q, k, v, q_seq, k_seq, rows, at, begin, end, kv_head, variant, s
 
 
 @triton.jit
-def store_rows(out, lse, state, q_seq, span, rows, sink, TILE: tl.constexpr):
-    """Finish rows and write them, as far as the sequence has room. A sink is a key without a
-    value, which joins here, after all keys."""
+def join_prefix(state, prefix, out, q_seq, span, rows, TILE: tl.constexpr):
+    """The state with a prefix's: its result is the value of one key whose score is its lse."""
+    there, dims = rows.token < span.length, tl.arange(0, TILE.padded_v)
+    s = tl.load(row_pointers(prefix.lse, span, rows.head, rows.token), mask=there,
+                other=-float("inf")) * LOG2E  # fmt: skip
+    given = TokenView(prefix.out, out.stride_batch, out.stride_token, out.stride_head, out.far)
+    pointers = tokens(given, q_seq, span, rows.head) + rows.token.to(tl.int64) * out.stride_token
+    value = tl.load(pointers[:, None] + dims[None, :],
+                    mask=there[:, None] & (dims < TILE.dim_v)[None, :], other=0.0)  # fmt: skip
+    m = tl.maximum(state.m, s)
+    anchor = tl.where(m == -float("inf"), 0.0, m)
+    alpha, weight = tl.math.exp2(state.m - anchor), tl.math.exp2(s - anchor)
+    acc = state.acc * alpha[:, None] + weight[:, None] * value
+    return Softmax(m, state.l * alpha + weight, acc)
+
+
+@triton.jit
+def store_rows(out, lse, state, q_seq, span, rows, sink, prefix, TILE: tl.constexpr):
+    """Finish rows and write them, as far as the sequence has room. A prefix joins here, after all
+    keys, and a sink, which is a key without a value."""
+    if prefix is not None:
+        state = join_prefix(state, prefix, out, q_seq, span, rows, TILE)
     m, l, factor = state.m, state.l, 1.0
     if sink is not None:
         logit = tl.load(sink + rows.head).to(tl.float32) * LOG2E
@@ -345,7 +373,7 @@ def attention_decode(q, k, v, out, lse, q_seq, k_seq, variant, sink, scale, head
         record = unit if work.cut is not None else program
         parts = batch * 0
         if units == ahead:
-            store_rows(out, lse, state, q_seq, q_span, rows, sink, TILE)
+            store_rows(out, lse, state, q_seq, q_span, rows, sink, work.prefix, TILE)
         else:
             slot, several = unit, units
             if work.cut is None:
