@@ -16,7 +16,7 @@ from flashtile.api import normalise
 from flashtile.backends import hopper_backward
 from flashtile.hopper_backward_tiles import HopperBackwardTile, backward_tile
 from flashtile.kernels import masks
-from flashtile.kernels.hopper import key_tiles, query_gradients
+from flashtile.kernels.hopper import key_tiles, query_gradients, scheduler
 from flashtile.problem import Call, describe
 
 
@@ -57,6 +57,9 @@ def _on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(masks, "number", _number)
     monkeypatch.setattr(key_tiles, "pinned", lambda n: torch.tensor(_number(n)))
     monkeypatch.setattr(key_tiles, "find_sequence", _find_sequence)
+    monkeypatch.setattr(key_tiles, "split_tile", scheduler.split_tile.fn)
+    monkeypatch.setattr(scheduler, "gl", LANGUAGE)
+    monkeypatch.setattr(scheduler, "quotient", lambda n, divisor: n // divisor)
 
 
 def _plainly(fold: Any) -> Any:
