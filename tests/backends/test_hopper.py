@@ -12,7 +12,7 @@ from torch import Tensor
 
 from flashtile import hopper_tiles, strides
 from flashtile.api import normalise
-from flashtile.backends import hopper, hopper_backward, tensormaps
+from flashtile.backends import hopper, hopper_backward, operands, tensormaps
 from flashtile.explain import explain_problem
 from flashtile.hopper_backward_tiles import backward_tile, cannot_backward
 from flashtile.hopper_tiles import TILES, cannot, forward_tile, padded_dim
