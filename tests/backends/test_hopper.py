@@ -93,7 +93,8 @@ def test_tiles_fit_and_do_not_depend_on_lengths_alone() -> None:
     long = replace(short, seqlen_q=16384, seqlen_k=16384)
     assert (forward_tile(short).warpgroups, forward_tile(long).warpgroups) == (2, 3)
     softcapped = replace(long, features=frozenset({"softcap"}))
-    assert forward_tile(softcapped).warpgroups == 2  # score mods need registers
+    assert forward_tile(softcapped).warpgroups == 2  # most score mods need registers
+    assert forward_tile(replace(long, features=frozenset({"alibi_slopes"}))).warpgroups == 3
     assert hopper_tiles.forward_tile(LLAMA).block_m == 128
 
 
