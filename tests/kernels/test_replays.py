@@ -6,6 +6,7 @@ import weakref
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -432,15 +433,20 @@ def test_a_descriptor_is_rebuilt_around_another_tensor() -> None:
         assert None not in replays._replays.values()
 
 
-def test_a_compiled_kernel_takes_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Unless a profiler listens: then Triton's launcher is called, on the same stream."""
+@pytest.mark.parametrize("scratch", [0, 64, None], ids=["", "scratch memory", "another Triton"])
+def test_a_compiled_kernel_takes_addresses(
+    scratch: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the launcher in C, where that has no more to do than launch. If a profiler listens, or if
+    a kernel needs scratch memory, Triton's own is called, on the same stream."""
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda _: 5, raising=False)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    launches: list[Any] = []
-    compiled = SimpleNamespace(
-        run=lambda *a: launches.append(a), function=1, packed_metadata=2,
-        launch_metadata=lambda *a: a,
-    )  # fmt: skip
+    launches, inner = [], []  # type: ignore[var-annotated]
+    run = MagicMock(side_effect=lambda *a: launches.append(a), launch_cooperative_grid=False)
+    run.launch, run.launch_pdl = MagicMock(side_effect=lambda *a: inner.append(a)), True
+    run.global_scratch_size, run.profile_scratch_size = 0, scratch
+    del run.arg_annotations
+    compiled = SimpleNamespace(run=run, function=1, packed_metadata=2, launch_metadata=lambda *a: a)
     kernel = _Kernel(compiled)
 
     def compute(tensors: Any) -> tuple[Tensor]:
@@ -452,12 +458,16 @@ def test_a_compiled_kernel_takes_addresses(monkeypatch: pytest.MonkeyPatch) -> N
             x = torch.full((4,), number)
             (found,) = replays.run("test", (x,), compute)
             assert found.eq(-number).all()
-        head, arguments = (3, 1, 1, 5, 1, 2), ((x.data_ptr(), 4), None)
-        assert launches == [(*head, None, None, None, *arguments)]
+        head, arguments = (3, 1, 1, 5, 1), ((x.data_ptr(), 4), None)
+        rest = (2, None, None, None, *arguments)
+        direct = scratch == 0
+        assert inner == ([(*head, False, True, None, None, *rest)] if direct else [])
+        assert launches == ([] if direct else [(*head, *rest)])
+        launches.clear()
         enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
         monkeypatch.setattr(enter, "calls", [print])
         replays.run("test", (x,), compute)
-    assert launches[1:] == [(*head, ((3, 1, 1), 5), enter, leave, *arguments)]
+    assert launches == [(*head, 2, ((3, 1, 1), 5), enter, leave, *arguments)]
     assert len(kernel.seen) == 1
 
 
