@@ -95,11 +95,15 @@ def _schedule(problem: AttentionProblem, padded: int) -> dict[str, Any]:
 
     lags: full 1.9% to 6% at head dim 128 and 4% to 14% at 64, causal 2% to 16% from 1,024 on.
     persistent: 3% to 5% more for full attention, whose tiles are alike; under a causal mask it
-    loses as much. "after the first", which clears no sums, with skips: causal 512 6% to 8%, while
-    longer tiles wait for the first. skips beside lags: 3% for packed sequences at head dim 64.
+    loses as much. "after the first", which clears no sums: causal at head dim 64, TFLOP/s over
+    sums in any order, 512 184 / 176, 1k 286 / 277, 2k 395 / 372, 4k 466 / 441, 8k 501 / 481, 16k
+    525 / 517; at 128 the shares wait longer for the first, 4k 485 / 559. With skips instead of
+    lags 512 is 192 (d64) and 230 / 214 (d128). skips beside lags: 3% for packed sequences at 64.
     """
     if problem.window_left < 0 and problem.window_right < 0:
         return {"lags": True, "persistent": problem.layout != "varlen"}
     if problem.layout != "varlen" and problem.seqlen_k <= SHORT:
         return {"skips": True, "adds": "after the first"}
+    if problem.layout != "varlen" and problem.window_left < 0 and padded == DIMS[0]:
+        return {"lags": True, "adds": "after the first"}
     return {"lags": True, "skips": padded == DIMS[0]}

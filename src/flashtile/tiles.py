@@ -243,7 +243,7 @@ _BETTER: dict[tuple[str, str, int, str], _Numbers] = {
     ("sm_90", "forward", 0, "dropout"): (128, 128, 8, 3),
     ("sm_90", "forward", 1, "dropout"): (128, 128, 8, 3),
     ("sm_90", "dq", 0, "dropout"): (64, 64, 4, 3, 168),
-    ("sm_90", "dkdv", 0, "dropout"): (32, 64, 4, 3),
+    ("sm_90", "dkdv", 0, "dropout"): (32, 64, 4, 3, 168),
     ("sm_90", "dkdv", 1, "dropout"): (64, 128, 8, 3),
     ("sm_90", "forward", 0, "masked dropout"): (64, 64, 4, 3),
     ("sm_90", "dq", 0, "masked dropout"): (64, 32, 4, 3),
