@@ -341,6 +341,7 @@ def softmax_step(state, query, ring, places, i, place, rows, variant, unit,
     s = warpgroup_mma_wait(1, deps=[s_token])
     barriers.pass_turn(WARPGROUP, TILE)
     ring.release(i)
+    s = warpgroup_mma_wait(1, deps=[s])  # or ptxas moves both arrivals behind 40 exponentials
     s = modify(s, variant, rows, place, False, TILE)
     m, grown = raise_maximum(state.m, s, unit, TILE)
     p = gl.exp2(s * unit - (m * unit)[:, None])
