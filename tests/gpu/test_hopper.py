@@ -238,8 +238,8 @@ def test_deterministic_gradients(
     problem = case.draw(dim, BF16, "cuda")
     with poisoned_allocations():
         assert_matches_reference(problem)
-    problem.keywords["deterministic"] = True
-    expected = run(problem)
+        problem.keywords["deterministic"] = True
+        expected = assert_matches_reference(problem)
     for _ in range(10):
         found = run(problem)
         assert all(torch.equal(found.grads[n], expected.grads[n]) for n in "qkv")
@@ -249,10 +249,9 @@ def test_deterministic_gradients(
 @pytest.mark.parametrize("dim", [64, 128, 256])
 def test_gradients_of_groups_in_one_part(dim: int, deterministic: bool) -> None:
     """240 tiles of 80 KV heads (480 at head dim 256): one CTA has all query heads of a group."""
-    problem = Case("groups", 350, 350, heads=160, kv_heads=80, head_dim=dim,
-                   features={"causal": True}).draw(dim, BF16, "cuda")  # fmt: skip
-    problem.keywords["deterministic"] = deterministic
-    assert_matches_reference(problem)
+    case = Case("groups", 350, 350, heads=160, kv_heads=80, head_dim=dim,
+                features={"causal": True, "deterministic": deterministic})  # fmt: skip
+    assert_matches_reference(case.draw(dim, BF16, "cuda"))
 
 
 PACKED: list[dict[str, Any]] = [

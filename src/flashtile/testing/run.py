@@ -30,6 +30,9 @@ def run(problem: Problem, dropout_seed: int = 0, cotangent_seed: int = 1) -> Res
     return _backward(out, lse, leaves, cotangent_seed)
 
 
+_NOT_OF_THE_RESULT = ("max_seqlen_q", "max_seqlen_k", "deterministic")
+
+
 def run_reference(
     problem: Problem,
     dtype: torch.dtype | None = torch.float64,
@@ -41,7 +44,7 @@ def run_reference(
     q = leaves["q"]
     if dtype is not None:
         leaves = {n: x.detach().to(dtype).requires_grad_() for n, x in leaves.items()}
-    keywords = {n: x for n, x in problem.keywords.items() if not n.startswith("max_seqlen")}
+    keywords = {n: x for n, x in problem.keywords.items() if n not in _NOT_OF_THE_RESULT}
     generator = torch.Generator(q.device).manual_seed(dropout_seed)
     state = draw_rng_state(q.device, generator) if keywords.get("dropout_p") else None
     arguments: dict[str, Any] = {**leaves, **keywords, "rng_state": state, "dtype": dtype}
