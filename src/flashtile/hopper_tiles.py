@@ -86,6 +86,7 @@ def padded_dim(head_dim: int, head_dim_v: int) -> int | None:
 # TFLOP/s of the prototype (H200, bf16) are in the comments; the figures of each choice are where
 # the kernel makes it.
 _D64_SHORT = HopperTile(64, 128, 8, 2, 64)  # causal 512 / 1k / 2k: 269 / 368 / 431
+_D64_NARROW = HopperTile(64, 64, 8, 3, 64, 160)
 _D64_LONG = HopperTile(64, 128, 4, 3, 0, 160, turns=True)  # causal 8k / 16k: 492 / 507
 _D128 = HopperTile(128, 128, 5, 2, 128)  # causal 1k / 4k / 16k: 496 / 631 / 681
 _D256 = HopperTile(256, 64, 5, 2, 128, lazy_rescale=True, own_output=False)  # 505 / 656 / 735
@@ -101,7 +102,7 @@ _D192 = HopperTile(256, 64, 4, 2, 128, values=128)
 _D192_MATRIX = HopperTile(256, 32, 8, 2, 128, values=128)
 
 TILES = (
-    _D64_SHORT, _D64_LONG, _D128, _D256, _D128_MATRIX, _D256_MATRIX, _D192,
+    _D64_SHORT, _D64_NARROW, _D64_LONG, _D128, _D256, _D128_MATRIX, _D256_MATRIX, _D192,
     _D192_MATRIX,
 )  # fmt: skip
 
@@ -191,20 +192,15 @@ def packed_heads(problem: AttentionProblem, block_m: int) -> int:
     return pack if p.batch * apart > PROCESSORS and 8 * packed <= 7 * apart else 1
 
 
-_MANY_REGISTERS = (ELEMENTWISE | {"dropout"}) - {"alibi_slopes"}
+_MANY_REGISTERS = (ELEMENTWISE | {"dropout"}) - {"alibi_slopes", "softcap"}
+"""For which three warpgroups of 160 a thread are too few."""
 
 
 def _tile(problem: AttentionProblem) -> HopperTile:
     p, padded = problem, padded_dim(problem.head_dim, problem.head_dim_v)
     matrix = bool(p.features & MATRICES)
     if padded == 64:
-        # Three warpgroups have 160 registers a thread: enough for a mask or ALiBi, whose causal 16k
-        # fell from 2.71 to 2.31 ms (H200). The longest tiles of a causal call are long enough from
-        # 8k on.
-        long = p.seqlen_k >= (2048 if p.window_right < 0 else 8192)
-        plain = not p.features & _MANY_REGISTERS and p.window_left < 0
-        plain = plain and not (p.layout == "dense" and p.seqlen_q <= _D64_SHORT.block_m)
-        return _D64_LONG if long and plain else _D64_SHORT
+        return _tile_of_64(problem)
     if padded == 128:
         return _D128_MATRIX if matrix else _D128
     # Ids and dropout are 0.1 and 0.3 KB of spills with 64 keys.
@@ -212,3 +208,17 @@ def _tile(problem: AttentionProblem) -> HopperTile:
     if p.head_dim_v <= 128:
         return _D192_MATRIX if narrow else _D192
     return _D256_MATRIX if narrow else _D256
+
+
+def _tile_of_64(problem: AttentionProblem) -> HopperTile:
+    """us of the short, narrow and long one at 16k tokens and 32 heads (H200): causal 512 127, 121,
+    144; 1k 191, 201, 210; 2k 322, 318, 316; 4k 627, 625, 581; 8k 1204, 1178, 1068; a window of 1k
+    381, 368, 374; softcap 3149, 2986, 3202; ALiBi 2707, -, 2312."""
+    p, causal = problem, problem.window_right >= 0
+    dense = p.layout == "dense"
+    if p.features & _MANY_REGISTERS or (dense and p.seqlen_q <= _D64_SHORT.block_m):
+        return _D64_SHORT
+    if "softcap" in p.features or p.window_left >= 0 or (dense and causal and p.seqlen_k <= 512):
+        return _D64_NARROW
+    # Of packed sequences only the longest one's length is known.
+    return _D64_LONG if p.seqlen_k >= (2048 if dense or not causal else 8192) else _D64_SHORT

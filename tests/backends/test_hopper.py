@@ -89,12 +89,20 @@ def test_tiles_fit_and_do_not_depend_on_lengths_alone() -> None:
         problem = replace(LLAMA, window_right=0 if causal else -1)
         ordered = backward_tile(problem, deterministic=True)
         assert (ordered.adds, ordered.lags, ordered.persistent) == ("in order", True, False)
-    short = replace(LLAMA, head_dim=64, head_dim_v=64, seqlen_q=512, seqlen_k=512)
-    long = replace(short, seqlen_q=16384, seqlen_k=16384)
-    assert (forward_tile(short).warpgroups, forward_tile(long).warpgroups) == (2, 3)
-    softcapped = replace(long, features=frozenset({"softcap"}))
-    assert forward_tile(softcapped).warpgroups == 2  # most score mods need registers
-    assert forward_tile(replace(long, features=frozenset({"alibi_slopes"}))).warpgroups == 3
+    dims = replace(LLAMA, head_dim=64, head_dim_v=64)
+    for tokens, rows in ((128, 128), (512, 192), (1024, 128), (2048, 192), (16384, 192)):
+        tile = forward_tile(replace(dims, seqlen_q=tokens, seqlen_k=tokens))
+        assert tile.block_m == rows
+        assert tile.turns == (tokens > 1024)
+    for features, shape in (
+        (("softcap",), (192, 64)), (("alibi_slopes",), (192, 128)), (("bias",), (128, 128)),
+        (("dropout", "softcap"), (128, 128)),
+    ):  # fmt: skip
+        tile = forward_tile(replace(dims, features=frozenset(features)))
+        assert (tile.block_m, tile.block_n) == shape
+    packed = replace(dims, layout="varlen")
+    assert not forward_tile(packed).turns
+    assert forward_tile(replace(packed, window_left=100)).block_n == 64
     assert hopper_tiles.forward_tile(LLAMA).block_m == 128
 
 

@@ -14,11 +14,11 @@ from flashtile.problem import Call
 BATCH, TOKENS, HEADS, KV_HEADS, PAGE, SMALL_PAGE = 32, 1024, 8, 2, 256, 16
 """Sizes of the calls. Kernels are compiled for types and for divisibility by 16, not for sizes."""
 
-LONG = 8192
+LONG = 2048
 """From here on a causal call of head_dim 64 has another tile on Hopper."""
 
 SHORT = 512
-"""Up to here a causal call has another tile in the Hopper backward."""
+"""Up to here a causal call has another tile on Hopper, forward at head_dim 64 and backward."""
 
 FEW = 40
 """So few that query heads of a KV head share a tile on Hopper."""
