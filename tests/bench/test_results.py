@@ -118,6 +118,23 @@ def test_features_claims() -> None:
     assert _verdicts(features(bias=99.0)) == {}
 
 
+def layer(backward: float = 20.0) -> list[Any]:
+    """Forward and backward of a layer: 10 ms and `backward`, others twice and three times 15."""
+    return [
+        row("layer", mode, 8192, flashtile=timed(ms), cudnn=timed(30.0), fa2=timed(45.0))
+        | {"plain": {"feature": "causal", "flops": 1e12}}
+        for mode, ms in (("fwd", 10.0), ("bwd", backward))
+    ]  # fmt: skip
+
+
+def test_a_layers_claims_are_over_others() -> None:
+    """Of forward and backward together, or none."""
+    found = claims(document("features", layer()))
+    assert [(c.measured, c.limit, c.holds) for c in found] == [(2.0, 1.15, True), (3.0, 1.9, True)]
+    assert not any(c.holds for c in claims(document("features", layer(50.0))))
+    assert claims(document("features", layer()[:1])) == []
+
+
 def test_each_backend_has_claims_of_its_own() -> None:
     """The portable kernels, beside those of the GPU, against their own plain attention."""
     document = features(window=1.5, softcap=11.5)
@@ -238,7 +255,9 @@ def _folder(root: Path) -> Path:
     folder.mkdir()
     measured = dense(**{"flashtile-triton": timed(2.0)})
     cached = decode(page_1=96.0, append=98.0)
-    for found in (measured, features(window=2.0, softcap=12.0), memory(), host(), cached):
+    kinds = features(window=2.0, softcap=12.0, lengths=12.5)
+    kinds["rows"] += layer()
+    for found in (measured, kinds, memory(), host(), cached):
         (folder / f"{found['suite']}.json").write_text(json.dumps(found))
     return folder
 
@@ -253,6 +272,8 @@ def test_tables_of_a_gpu(tmp_path: Path) -> None:
     assert "TFLOP/s of the portable kernels" in found["h200-dense"]
     assert "| 2.00 | 2.00x |  |  | 10.00x |" in found["h200-features"]
     assert "forward: 5.0x the speed of causal attention" in found["h200-features"]
+    assert "forward and backward: 3.00x FlashAttention-2 and 2.00x cuDNN." in found["h200-features"]
+    assert "1 x 16,384 x 16 0.80x." in found["h200-features"]
     assert "| 2,048 | 2 MiB | not run | not run |" in found["h200-memory"]
     assert "| flashtile | 10.0 | 10.0 |" in found["h200-host"] and "fa3" not in found["h200-host"]
     full, others = found["h200-decode"].split("Other caches")

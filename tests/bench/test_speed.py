@@ -61,7 +61,9 @@ def test_dense_suite(options: Make, lines: list[str]) -> None:
     assert lines[-1].endswith("dense.json")
 
 
-@pytest.mark.parametrize("feature", [name for name in FEATURES if name not in ("full", "causal")])
+@pytest.mark.parametrize(
+    "feature", [name for name in FEATURES if name not in ("full", "causal", "lengths")]
+)
 def test_every_feature_runs_against_plain_attention(feature: str, options: Make) -> None:
     rows = list(speed.measure_features(options(features=(feature,), head_dims=(128,), hidden=256)))
 
@@ -69,8 +71,28 @@ def test_every_feature_runs_against_plain_attention(feature: str, options: Make)
     for row in rows:
         found = row["providers"]
         assert "tflops" in found["flashtile"] and "tflops" in found["plain"], found
-        assert ("reason" in found["math"]) == (feature == "softcap"), found
+        assert ("reason" in found["math"]) == (feature in ("softcap", "sink")), found
         assert row["plain"]["feature"] in ("full", "causal")
+
+
+def test_cells_of_features(options: Make) -> None:
+    asked = options(tokens=16384, hidden=2048)
+    cells: dict[str, list[Cell]] = {}
+    for cell in speed.feature_cells(asked):
+        if cell.head_dim == 128:
+            cells.setdefault(cell.feature, []).append(cell)
+
+    assert cells["layer"] == [Cell("layer", 1, 8192, 32, 8, 128)]
+    assert cells["gqa"] == [Cell("gqa", 1, 16384, 32, 8, 128)]
+    assert cells["mqa"] == [Cell("mqa", 1, 16384, 32, 1, 128)]
+    assert cells["bias"] == [Cell("bias", 4, 4096, 16, 16, 128)]
+    baselines = [FEATURES["lengths"](c, torch.device("cpu")).baseline for c in cells["lengths"]]
+    assert [(c.batch, c.seqlen, c.heads) for c in cells["lengths"]] == [
+        (16, 1000, 16), (5, 3000, 16), (3, 5000, 16), (1, 12345, 16), (4, 4096, 12), (4, 4096, 20)
+    ]  # fmt: skip
+    assert [(c.batch, c.seqlen, c.heads) for c in baselines] == [
+        (15, 1024, 16), (7, 2048, 16), (3, 4096, 16), (1, 16384, 16), (4, 4096, 16), (4, 4096, 16)
+    ]  # fmt: skip
 
 
 def test_selections(options: Make) -> None:

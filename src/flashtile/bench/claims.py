@@ -32,9 +32,10 @@ _TRITON = {"dropout": 1.25, "softcap": 1.25, "alibi": 1.25, "mask": 1.30, "varle
 OVERHEADS = {
     ("triton", "fwd"): _TRITON,
     ("triton", "bwd"): _TRITON,
-    ("hopper", "fwd"): {"softcap": 1.12, "alibi": 1.12, "varlen": 1.05, "gqa": 1.03},
+    ("hopper", "fwd"): {"softcap": 1.12, "alibi": 1.12, "sink": 1.12, "varlen": 1.05, "gqa": 1.03,
+                        "mqa": 1.03, "lengths": 1.06},
     ("hopper", "bwd"): {"varlen": 1.06, "gqa": 1.05},
-}
+}  # fmt: skip
 """The most time that features may take, for the same work, in units of plain attention's."""
 
 OVER_FA2 = {"fwd": 1.30, "bwd": 1.15}
@@ -50,6 +51,9 @@ OVER_PEERS = {"fwd": (1.02, 0.96), "bwd": (1.00, 0.93)}
 OVER_CUDNN = 1.12
 """The least geometric mean of the Hopper backward over cuDNN's at head dim 256, where no other peer
 was measured."""
+
+LAYER = {"cudnn": 1.15, "fa2": 1.90}
+"""The least speed of forward plus backward of a layer's attention over others'."""
 
 HOST_US = {"no_grad": 15.0, "autograd": 25.0}
 """The most that one eager call may take of the host."""
@@ -144,12 +148,25 @@ def peer_claims(rows: list[Row], gpu: str) -> list[Claim]:
 
 
 def feature_claims(rows: list[Row]) -> list[Claim]:
-    """Of each backend over its own plain attention."""
-    return [
+    """Of each backend over its own plain attention; a layer's over others."""
+    found = [
         claim for row in rows for name, backend in own(row)
         if name != "flashtile" or row["plain"].get("backend", backend) == backend
         for claim in _row_claims(row, name, backend)
     ]  # fmt: skip
+    return found + [
+        Claim(f"forward and backward of a layer over {other}", gain, least, True)
+        for other, least in LAYER.items() if (gain := layer_gain(rows, other)) is not None
+    ]  # fmt: skip
+
+
+def layer_gain(rows: list[Row], other: str) -> float | None:
+    """Speed over another's of a layer's attention, forward and backward together."""
+    pair = [row for row in rows if row["feature"] == "layer"]
+    ours, theirs = ([milliseconds(row, name) for row in pair] for name in ("flashtile", other))
+    if len(pair) != 2 or None in (*ours, *theirs):
+        return None
+    return sum(theirs) / sum(ours)  # type: ignore[arg-type]
 
 
 def _row_claims(row: Row, name: str, backend: str) -> list[Claim]:

@@ -179,6 +179,26 @@ def gqa(cell: Cell, device: torch.device) -> Work:
     return plain._replace(baseline=replace(plain.baseline, kv_heads=cell.heads))
 
 
+def sink(cell: Cell, device: torch.device) -> Work:
+    """A logit of each head that takes its share of every row."""
+    logits = torch.linspace(-2.0, 2.0, cell.heads, device=device)
+    return causal(cell, device)._replace(keywords={"causal": True, "learnable_sink": logits})
+
+
+def layer(cell: Cell, device: torch.device) -> Work:
+    """Attention of a layer of Llama 3 8B, by its shape."""
+    return gqa(cell, device)
+
+
+def lengths(cell: Cell, device: torch.device) -> Work:
+    """Any length or number of heads, against the nearest power of two and 16 heads."""
+    plain = causal(cell, device)
+    near = min((2**i for i in range(20)), key=lambda n: abs(n - cell.seqlen))
+    batch = max(1, cell.batch * cell.seqlen // near)
+    equal = replace(plain.baseline, batch=batch, seqlen=near, heads=16, kv_heads=16)
+    return plain._replace(baseline=equal)
+
+
 def varlen(cell: Cell, device: torch.device) -> Work:
     """Packed sequences of lognormal lengths, against a batch of equal ones of about equal work."""
     lengths = lognormal_lengths(cell.seqlen)
@@ -252,5 +272,9 @@ FEATURES: dict[str, Callable[[Cell, torch.device], Work]] = {
     "bias": bias,
     "learned bias": learned_bias,
     "gqa": gqa,
+    "mqa": gqa,
+    "layer": layer,
+    "sink": sink,
+    "lengths": lengths,
     "varlen": varlen,
 }

@@ -120,8 +120,8 @@ class Gate:
         )
         leaves = [x.to(dtype or x.dtype).requires_grad_() for x in (q, k, v)]
         learned = []
-        if "alibi_slopes" in keywords:
-            keywords["alibi_slopes"] = keywords["alibi_slopes"][: self._group]
+        for name in {"alibi_slopes", "learnable_sink"} & keywords.keys():
+            keywords[name] = keywords[name][: self._group]
         if "bias" in keywords:
             part = self._first_heads("dbias", keywords["bias"].detach())
             keywords["bias"] = part.to(dtype or part.dtype)

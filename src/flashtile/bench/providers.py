@@ -78,8 +78,9 @@ def _flashtile(work: Work) -> Attend:
 
 
 def _flex(cell: Cell, work: Work, device: torch.device) -> Attend:
-    if "dropout_p" in work.keywords:
-        raise CannotError("FlexAttention has no dropout")
+    for keyword, text in (("dropout_p", "dropout"), ("learnable_sink", "sink")):
+        if keyword in work.keywords:
+            raise CannotError(f"FlexAttention has no {text}")
     return batched(flex.attention(cell, work, device), work)
 
 
@@ -101,8 +102,9 @@ SDPA = {
 
 def _sdpa(name: str, cell: Cell, work: Work) -> Attend:
     """SDPA on (batch, heads, seqlen, head_dim) views of the same memory."""
-    if "softcap" in work.keywords:
-        raise CannotError("SDPA has no softcap")
+    for keyword, text in (("softcap", "softcap"), ("learnable_sink", "sink")):
+        if keyword in work.keywords:
+            raise CannotError(f"SDPA has no {text}")
     if name == "fa2" and work.attn_mask is not None:
         raise CannotError("SDPA's flash kernel takes no mask")
     mask = None if work.attn_mask is None else work.attn_mask()

@@ -25,6 +25,9 @@ FEATURE = ("flashtile", "flashtile-triton", "fa2", "efficient", "flex", "flash-a
 NARROW = ("window", "softcap", "dropout", "documents")
 """The features that are measured at head dim 64 as well as 128."""
 
+UNEVEN = ((1000, 16), (3000, 16), (5000, 16), (12345, 16), (4096, 12), (4096, 20))
+"""(tokens, heads) of cells off the grid of powers of two."""
+
 BIAS_TOKENS = 4096
 """Of a row with a bias of its own for every pair: 0.5 GB at 16 heads, 8.6 GB at 16,384 tokens."""
 
@@ -48,13 +51,25 @@ def feature_cells(options: Options) -> Iterator[Cell]:
         for feature in FEATURES:
             if feature in ("full", "causal") or (head_dim == 64 and feature not in NARROW):
                 continue
-            cell = replace(plain, feature=feature)
-            if feature == "gqa":
-                cell = replace(cell, heads=2 * heads, kv_heads=max(1, heads // 2))
-            elif "bias" in feature:
-                seqlen = min(BIAS_TOKENS, options.tokens)
-                cell = replace(cell, batch=options.tokens // seqlen, seqlen=seqlen)
-            yield cell
+            yield from _of_feature(replace(plain, feature=feature), options)
+
+
+def _of_feature(cell: Cell, options: Options) -> Iterator[Cell]:
+    """The cell, with the heads and the length that its feature is about."""
+    feature, heads, tokens = cell.feature, cell.heads, options.tokens
+    if feature == "lengths":
+        for seqlen, count in UNEVEN:
+            if seqlen <= tokens:
+                yield replace(cell, batch=tokens // seqlen, seqlen=seqlen, heads=count,
+                              kv_heads=count)  # fmt: skip
+        return
+    if feature in ("gqa", "mqa", "layer"):
+        shared = 1 if feature == "mqa" else max(1, heads // 2)
+        cell = replace(cell, heads=2 * heads, kv_heads=shared)
+    if feature == "layer" or "bias" in feature:
+        seqlen = min(2 * BIAS_TOKENS if feature == "layer" else BIAS_TOKENS, tokens)
+        cell = replace(cell, batch=1 if feature == "layer" else tokens // seqlen, seqlen=seqlen)
+    yield cell
 
 
 def measure_dense(options: Options) -> Iterator[dict[str, Any]]:
@@ -65,7 +80,8 @@ def measure_dense(options: Options) -> Iterator[dict[str, Any]]:
 
 def measure_features(options: Options) -> Iterator[dict[str, Any]]:
     for cell in filter(options.wants, feature_cells(options)):
-        yield from measure(cell, _names(FEATURE, options, cell.head_dim == 128), options, True)
+        default = (*FEATURE, "cudnn") if cell.feature == "layer" else FEATURE
+        yield from measure(cell, _names(default, options, cell.head_dim == 128), options, True)
 
 
 def _names(default: tuple[str, ...], options: Options, flexes: bool) -> list[str]:

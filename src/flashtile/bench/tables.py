@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from flashtile.bench.claims import layer_gain
 from flashtile.bench.peers import over_best_peer
 from flashtile.bench.record import read
 from flashtile.bench.summary import Document, Row, against_plain, milliseconds, ratio, speedup
@@ -24,6 +25,8 @@ FEATURES = {
     "bias": "bias of every pair",
     "learned bias": "bias of every pair, with its gradient",
     "gqa": "causal, 32 heads on 8 KV heads",
+    "mqa": "causal, 32 heads on one KV head",
+    "sink": "causal, a learned sink",
     "varlen": "causal, packed lognormal lengths",
 }
 
@@ -43,6 +46,7 @@ DECODE = {
 }
 
 PEERS = {"fa2": "FlashAttention-2", "efficient": "SDPA with a mask", "flex": "FlexAttention"}
+NAMES = {**PEERS, "cudnn": "cuDNN"}
 
 
 def fill_in(results: Path) -> dict[str, str]:
@@ -149,7 +153,8 @@ def features(results: Path) -> str:
                 _both((against_plain(r) for r in pair), "x"),
                 *(_both((ratio(r, name) for r in pair), "x") for name in PEERS),
             ))  # fmt: skip
-    return "\n".join((*lines, "", *_gains(document), "", _source(document, GPU)))
+    sentences = [*_gains(document), *_layer(document), *_lengths(document)]
+    return "\n".join((*lines, "", *sentences, "", _source(document, GPU)))
 
 
 def _gains(document: Document) -> list[str]:
@@ -164,6 +169,30 @@ def _gains(document: Document) -> list[str]:
     return found
 
 
+def _layer(document: Document) -> list[str]:
+    gains = [
+        f"{gain:.2f}x {NAMES[name]}" for name in ("fa2", "cudnn")
+        if (gain := layer_gain(document["rows"], name)) is not None
+    ]  # fmt: skip
+    if not gains:
+        return []
+    return [f"- A Llama 3 8B layer of 8,192 tokens, causal, forward and backward: "
+            f"{' and '.join(gains)}."]  # fmt: skip
+
+
+def _lengths(document: Document) -> list[str]:
+    """How cells off the grid of powers of two do."""
+    found = [
+        f"{row['batch']} x {row['seqlen']:,} x {row['heads']} {1 / cost:.2f}x"
+        for row in document["rows"]
+        if (row["feature"], row["mode"]) == ("lengths", "fwd") and (cost := against_plain(row))
+    ]  # fmt: skip
+    if not found:
+        return []
+    return [f"- Batch x tokens x heads off the grid, forward, the rate of the nearest cell on it: "
+            f"{', '.join(found)}."]  # fmt: skip
+
+
 def _both(values: Any, unit: str = "") -> str:
     """Forward / backward, a dash for what there is not; nothing where there is neither."""
     found = ["-" if x is None else f"{x:.2f}{unit}" for x in values]
@@ -175,7 +204,7 @@ def memory(results: Path) -> str:
     if document is None:
         return ""
     names = {"flashtile": "flashtile", "fa2": "FlashAttention-2", "math": "SDPA math"}
-    lines = ["Peak memory of forward plus backward above the inputs, bf16, causal, 16 heads x 128.",
+    lines = ["Peak memory of forward plus backward above the inputs, bf16, causal, one head x 128.",
              "", _header("tokens", *names.values())]  # fmt: skip
     for row in document["rows"]:
         if row["path"] == "causal":
@@ -198,7 +227,7 @@ def host(results: Path) -> str:
     for name in dict.fromkeys(name for providers in rows.values() for name in providers):
         costs = [rows[mode].get(name, {}).get("median_us") for mode in ("no_grad", "autograd")]
         if any(cost is not None for cost in costs):
-            text = PEERS.get(name, name)
+            text = NAMES.get(name, name)
             lines.append(_line(text, *("" if us is None else f"{us:.1f}" for us in costs)))
     return "\n".join((*lines, "", _source(document, GPU)))
 
