@@ -166,13 +166,14 @@ def put_tile(tiles, full, n, tile):
 
 @gluon.jit
 def slot_of(i, SLOTS: gl.constexpr):
-    """Of item i, unsigned: a signed remainder is four instructions more, ahead of each product."""
-    return (i.to(gl.uint32) % SLOTS).to(gl.int32)
+    """Of item i: its lowest bits where they say it, since a signed remainder is four instructions
+    more, ahead of each product."""
+    return i & (SLOTS - 1) if SLOTS & (SLOTS - 1) == 0 else i % SLOTS
 
 
 @gluon.jit
 def phase_of(i, SLOTS: gl.constexpr):
-    return ((i.to(gl.uint32) // SLOTS) & 1).to(gl.int32)
+    return (i & SLOTS) // SLOTS if SLOTS & (SLOTS - 1) == 0 else (i // SLOTS) & 1
 
 
 @aggregate
