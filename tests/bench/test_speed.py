@@ -84,7 +84,7 @@ def test_cells_of_features(options: Make) -> None:
 
     assert cells["layer"] == [Cell("layer", 1, 8192, 32, 8, 128)]
     assert cells["gqa"] == [Cell("gqa", 1, 16384, 32, 8, 128)]
-    assert cells["mqa"] == [Cell("mqa", 1, 16384, 32, 1, 128)]
+    assert cells["mqa"] == [Cell("mqa", 1, 4096, 32, 1, 128)]
     assert cells["bias"] == [Cell("bias", 4, 4096, 16, 16, 128)]
     baselines = [FEATURES["lengths"](c, torch.device("cpu")).baseline for c in cells["lengths"]]
     assert [(c.batch, c.seqlen, c.heads) for c in cells["lengths"]] == [

@@ -146,7 +146,8 @@ def features(results: Path) -> str:
     ]
     for feature, text in FEATURES.items():
         pair = [r for mode in ("fwd", "bwd") for r in document["rows"]
-                if (r["mode"], r["feature"], r["head_dim"]) == (mode, feature, 128)]  # fmt: skip
+                if (r["mode"], r["feature"], r["head_dim"]) == (mode, feature, 128)
+                and milliseconds(r, "flashtile") is not None]  # fmt: skip
         if pair:
             lines.append(_line(
                 text, _both(milliseconds(r, "flashtile") for r in pair),
