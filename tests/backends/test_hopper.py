@@ -153,7 +153,7 @@ def test_tiles_of_many_heads_follow_each_other_in_order(
     [(16, 5, 4), (16, 4, 4), (16, 3, 2), (16, 0, 1), (20, 6, 5), (7, 3, 3), (2, 100, 2), (0, 4, 1)],
 )
 def test_heads_are_taken_in_groups_alike(heads: int, fitting: int, together: int) -> None:
-    assert hopper.heads_together(heads, fitting) == together
+    assert hopper.heads_in_l2(heads, fitting) == together
 
 
 def test_heads_of_a_group_are_taken_together() -> None:
