@@ -254,6 +254,21 @@ def test_gradients_of_groups_in_one_part(dim: int, deterministic: bool) -> None:
     assert_matches_reference(case.draw(dim, BF16, "cuda"))
 
 
+@pytest.mark.parametrize(
+    "features",
+    [{"causal": True}, {"window_size": (60, 10)}, {"causal": True, "softcap": 5.0}],
+    ids=str,
+)
+def test_tiles_of_192_rows(features: dict[str, Any]) -> None:
+    """Of three warpgroups at head dim 64, on both sides of their rows' edges; 2,050 keys have
+    blocks of 128, the others of 64."""
+    sizes = ((129, 129), (191, 200), (192, 192), (193, 300), (385, 511), (512, 512), (2050, 2050))
+    for seqlen_q, seqlen_k in sizes:
+        case = Case("rows", seqlen_q, seqlen_k, batch=1, heads=2, kv_heads=1, head_dim=64,
+                    features=features)  # fmt: skip
+        assert_matches_reference(case.draw(seqlen_q, BF16, "cuda"), str((seqlen_q, seqlen_k)))
+
+
 PACKED: list[dict[str, Any]] = [
     {}, {"causal": True}, {"window_size": (40, 10)}, {"window_size": (9, -1)},
     {"causal": True, "softcap": 5.0},
