@@ -185,11 +185,6 @@ def sink(cell: Cell, device: torch.device) -> Work:
     return causal(cell, device)._replace(keywords={"causal": True, "learnable_sink": logits})
 
 
-def layer(cell: Cell, device: torch.device) -> Work:
-    """Attention of a layer of Llama 3 8B, by its shape."""
-    return gqa(cell, device)
-
-
 def lengths(cell: Cell, device: torch.device) -> Work:
     """Any length or number of heads, against the nearest power of two and 16 heads."""
     plain = causal(cell, device)
@@ -273,7 +268,7 @@ FEATURES: dict[str, Callable[[Cell, torch.device], Work]] = {
     "learned bias": learned_bias,
     "gqa": gqa,
     "mqa": gqa,
-    "layer": layer,
+    "layer": gqa,
     "sink": sink,
     "lengths": lengths,
     "varlen": varlen,

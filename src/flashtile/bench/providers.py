@@ -78,10 +78,15 @@ def _flashtile(work: Work) -> Attend:
 
 
 def _flex(cell: Cell, work: Work, device: torch.device) -> Attend:
-    for keyword, text in (("dropout_p", "dropout"), ("learnable_sink", "sink")):
-        if keyword in work.keywords:
-            raise CannotError(f"FlexAttention has no {text}")
+    _refuse(work, "FlexAttention", {"dropout_p": "dropout", "learnable_sink": "sink"})
     return batched(flex.attention(cell, work, device), work)
+
+
+def _refuse(work: Work, library: str, lacks: dict[str, str]) -> None:
+    """Raise CannotError where a cell asks for what a library lacks, by flashtile's keywords."""
+    for keyword, text in lacks.items():
+        if keyword in work.keywords:
+            raise CannotError(f"{library} has no {text}")
 
 
 def batched(attend: Attend, work: Work) -> Attend:
@@ -102,9 +107,7 @@ SDPA = {
 
 def _sdpa(name: str, cell: Cell, work: Work) -> Attend:
     """SDPA on (batch, heads, seqlen, head_dim) views of the same memory."""
-    for keyword, text in (("softcap", "softcap"), ("learnable_sink", "sink")):
-        if keyword in work.keywords:
-            raise CannotError(f"SDPA has no {text}")
+    _refuse(work, "SDPA", {"softcap": "softcap", "learnable_sink": "sink"})
     if name == "fa2" and work.attn_mask is not None:
         raise CannotError("SDPA's flash kernel takes no mask")
     mask = None if work.attn_mask is None else work.attn_mask()

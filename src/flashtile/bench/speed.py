@@ -28,9 +28,10 @@ NARROW = ("window", "softcap", "dropout", "documents")
 UNEVEN = ((1000, 16), (3000, 16), (5000, 16), (12345, 16), (4096, 12), (4096, 20))
 """(tokens, heads) of cells off the grid of powers of two."""
 
-BIAS_TOKENS = 4096
-"""Of a row with a bias of its own for every pair: 0.5 GB at 16 heads, 8.6 GB at 16,384 tokens. Of
-one whose KV head 32 query heads have, which are checked together: 4.3 GB of fp64 scores."""
+SHORTER = {"bias": 4096, "learned bias": 4096, "mqa": 4096, "layer": 8192}
+"""Tokens of a row that is not the longest: with a bias of its own for every pair, 0.5 GB at 16
+heads and 8.6 GB at 16,384 tokens; whose KV head 32 query heads have, which are checked together,
+4.3 GB of fp64 scores; of a layer of Llama 3 8B."""
 
 
 def dense_cells(options: Options) -> Iterator[Cell]:
@@ -67,10 +68,8 @@ def _of_feature(cell: Cell, options: Options) -> Iterator[Cell]:
     if feature in ("gqa", "mqa", "layer"):
         shared = 1 if feature == "mqa" else max(1, heads // 2)
         cell = replace(cell, heads=2 * heads, kv_heads=shared)
-    if feature in ("layer", "mqa") or "bias" in feature:
-        seqlen = min(2 * BIAS_TOKENS if feature == "layer" else BIAS_TOKENS, tokens)
-        cell = replace(cell, batch=tokens // seqlen if "bias" in feature else 1, seqlen=seqlen)
-    yield cell
+    seqlen = min(SHORTER.get(feature, tokens), tokens)
+    yield replace(cell, batch=tokens // seqlen if "bias" in feature else 1, seqlen=seqlen)
 
 
 def measure_dense(options: Options) -> Iterator[dict[str, Any]]:

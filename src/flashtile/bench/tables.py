@@ -46,7 +46,7 @@ DECODE = {
 }
 
 PEERS = {"fa2": "FlashAttention-2", "efficient": "SDPA with a mask", "flex": "FlexAttention"}
-NAMES = {**PEERS, "cudnn": "cuDNN"}
+NAMES = {**PEERS, "cudnn": "cuDNN", "fa3": "FA3"}
 
 
 def fill_in(results: Path) -> dict[str, str]:
@@ -240,7 +240,7 @@ def decode(results: Path) -> str:
         return ""
     rows, gpu = document["rows"], document["environment"]["gpu"]
     dense = [row for row in rows if row["feature"] == "dense"]
-    known = {"fa2": "FlashAttention-2", "cudnn": "cuDNN", "flash-attn": "flash-attn", "fa3": "FA3"}
+    known = ("fa2", "cudnn", "flash-attn", "fa3")
     peers = [name for name in known if any(ratio(row, name) for row in dense)]
     lines = [
         "A decoded token, bf16, 32 heads on 8 KV heads of dim 128, by CUDA graphs with a cold L2 "
@@ -248,7 +248,9 @@ def decode(results: Path) -> str:
         "that over the best figure of any peer, and how many times faster than the peers in the "
         "same run.",
         "",
-        _header("batch x tokens", "us", "TB/s", "best peer", *(known[name] for name in peers)),
+        _header(
+            "batch x tokens", "us", "TB/s", "best peer", *(NAMES.get(name, name) for name in peers)
+        ),
     ]
     for row in dense:
         gains = over_best_peer(row, gpu), *(ratio(row, name) for name in peers)
