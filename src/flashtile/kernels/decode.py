@@ -21,7 +21,15 @@ from flashtile.kernels.forward import Softmax
 from flashtile.kernels.masks import At, key_range, visible
 from flashtile.kernels.numbers import LN2, LOG2E, number
 from flashtile.kernels.scores import apply_score_mods
-from flashtile.kernels.views import TokenView, inside, open_sequence, row_pointers, tokens
+from flashtile.kernels.views import (
+    TokenView,
+    inside,
+    open_sequence,
+    row_pointers,
+    scales_at,
+    shared_scale,
+    tokens,
+)
 from flashtile.kernels.widen import (
     finish_state,
     fold,
@@ -208,10 +216,7 @@ def load_own_scales(x, seq, span, kv_head, first, pages, TILE: tl.constexpr):
         row, token = span.row, span.start + idx
     else:
         row, token = inside(pages, seq).to(tl.int64), idx % TILE.page_size
-    head = tl.cast(kv_head, tl.int64) * number(x.stride_head)
-    base = x.ptr + span.batch * number(x.stride_batch) + head
-    offsets = row * number(x.stride_row) + token.to(tl.int64) * number(x.stride_token)
-    return tl.load(base + offsets, mask=idx < span.length, other=0.0)
+    return scales_at(x, span, kv_head, row, token, idx < span.length)
 
 
 @triton.jit
@@ -220,8 +225,7 @@ def common_scale(x, span, kv_head):
     if x is None:
         return 1.0
     else:
-        head = tl.cast(kv_head, tl.int64) * number(x.stride_head)
-        return tl.load(x.ptr + span.batch * number(x.stride_batch) + head)
+        return tl.load(shared_scale(x, span, kv_head))
 
 
 @triton.jit

@@ -217,16 +217,27 @@ def load_scales(x, seq, span, head, first, BLOCK: tl.constexpr):
     """(BLOCK,) scales of rows first, first + 1, ... of a sequence, 0 past its end."""
     idx = first + tl.arange(0, BLOCK)
     valid = idx < span.length
-    base = x.ptr + span.batch * number(x.stride_batch) + tl.cast(head, tl.int64) * number(
-        x.stride_head)  # fmt: skip
     if seq.table is None:
         row, token = span.row, span.start + idx
     else:
         size = number(seq.page_size)
         page = tl.load(seq.table + span.batch * seq.table_stride + idx // size, mask=valid, other=0)
-        row, token = inside(page, seq).to(tl.int64), (idx % size).to(tl.int64)
-    offsets = row * number(x.stride_row) + token * number(x.stride_token)
-    return tl.load(base + offsets, mask=valid, other=0.0)
+        row, token = inside(page, seq).to(tl.int64), idx % size
+    return scales_at(x, span, head, row, token, valid)
+
+
+@triton.jit
+def shared_scale(x, span, head):
+    """The address of the scale that all rows of a head share, or of the first one."""
+    head = tl.cast(head, tl.int64) * number(x.stride_head)
+    return x.ptr + span.batch * number(x.stride_batch) + head
+
+
+@triton.jit
+def scales_at(x, span, head, row, token, valid):
+    """Scales of slots of a cache's rows or pages, 0 where there are none."""
+    offsets = row * number(x.stride_row) + token.to(tl.int64) * number(x.stride_token)
+    return tl.load(shared_scale(x, span, head) + offsets, mask=valid, other=0.0)
 
 
 @triton.jit
