@@ -100,10 +100,11 @@ def _schedule(problem: AttentionProblem, padded: int) -> dict[str, Any]:
     525 / 517; at 128 the shares wait longer for the first, 4k 485 / 559. With skips instead of
     lags 512 is 192 (d64) and 230 / 214 (d128). skips beside lags: 3% for packed sequences at 64.
     """
+    dense = problem.layout == "dense"
     if problem.window_left < 0 and problem.window_right < 0:
-        return {"lags": True, "persistent": problem.layout != "varlen"}
-    if problem.layout != "varlen" and problem.seqlen_k <= SHORT:
+        return {"lags": True, "persistent": dense}
+    if dense and problem.seqlen_k <= SHORT:
         return {"skips": True, "adds": "after the first"}
-    if problem.layout != "varlen" and problem.window_left < 0 and padded == DIMS[0]:
+    if dense and problem.window_left < 0 and padded == DIMS[0]:
         return {"lags": True, "adds": "after the first"}
     return {"lags": True, "skips": padded == DIMS[0]}

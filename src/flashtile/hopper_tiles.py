@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import cache
 
 from flashtile.problem import ELEMENTWISE, AttentionProblem
 from flashtile.tiles import power_of_two
@@ -111,13 +110,6 @@ MOST_CAP = 50.0
 """Scores of at most this size, 2^72 and its inverse, need no maximum but the first block's in
 bfloat16: 2^96 above it, times the sums of 2^24 keys, is within fp32."""
 
-
-@cache
-def bounded(tile: HopperTile) -> HopperTile:
-    """The same tile for scores that a cap bounds."""
-    return replace(tile, bounded=True)
-
-
 MOST_PACKED = 64
 """Rows of a warpgroup: a packed query has all of its heads in one."""
 
@@ -142,7 +134,7 @@ MOST_KEYS = 128
 
 def pages_fit(size: int) -> bool:
     """Whether blocks are whole pages or lie in one."""
-    return size % MOST_KEYS == 0 or LEAST_PAGE <= size == 1 << (size.bit_length() - 1)
+    return size % MOST_KEYS == 0 or LEAST_PAGE <= size == power_of_two(size)
 
 
 def cannot(problem: AttentionProblem) -> str | None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 
 import torch
 from torch import Tensor
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from flashtile import hopper_tiles
 from flashtile.backends import blocklists, operands, triton
 from flashtile.backends.hopper_backward import backward, ragged_k, ragged_q
 from flashtile.backends.launch import Launch, processors, run
@@ -23,7 +23,7 @@ from flashtile.backends.tensormaps import (
     slot_map,
     tensor_map,
 )
-from flashtile.hopper_tiles import HopperTile
+from flashtile.hopper_tiles import MOST_CAP, HopperTile
 from flashtile.kernels import scores
 from flashtile.kernels.forward import Heads, Variant
 from flashtile.kernels.hopper import forward as kernels
@@ -83,10 +83,11 @@ def forward_launch(call: Call, plan: Plan, out: Tensor, lse: Tensor) -> Launch:
 
 
 def _fitting(tile: HopperTile, call: Call, variant: Variant) -> HopperTile:
-    """The tile without maxima where a cap bounds all scores, and the dtype has the exponents."""
+    """The tile with the first block's maxima where a cap bounds all scores, and the dtype has the
+    exponents."""
     capped = [mod.fn for mod in variant.score_mods] == [scores.softcap_approximate]
-    small = capped and call.variant.softcap <= hopper_tiles.MOST_CAP
-    return hopper_tiles.bounded(tile) if small and call.operands.q.dtype == torch.bfloat16 else tile
+    small = capped and call.variant.softcap <= MOST_CAP
+    return replace(tile, bounded=small and call.operands.q.dtype == torch.bfloat16)
 
 
 def _query_maps(

@@ -75,8 +75,7 @@ def _tape_compiled(tape: Tape, launch: Launch, compiled: Any) -> None:
     def heard(*arguments: Any) -> None:
         metadata = compiled.launch_metadata(grid, arguments[3])
         listeners = hooks.launch_enter_hook, hooks.launch_exit_hook
-        packed = arguments[last]
-        run(*arguments[:5], packed, metadata, *listeners, *arguments[last + 4 :])
+        run(*arguments[:5], arguments[last], metadata, *listeners, *arguments[last + 4 :])
 
     c = tape.constant
     before, after = c(hooks.launch_enter_hook), c(hooks.launch_exit_hook)
