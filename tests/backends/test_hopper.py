@@ -391,6 +391,5 @@ def test_only_a_small_cap_bounds_the_scores(bounded: bool, keywords: dict[str, A
     dtype = keywords.pop("dtype", torch.bfloat16)
     q = torch.zeros((1, 64, 2, 128), dtype=dtype)
     call = normalise(q, q, q, **keywords)
-    variant = operands.variant(call, True)
-    tile = hopper._fitting(TILES[2], call, variant)
+    tile = hopper._fitting(forward_tile(describe(call)), call, operands.variant(call, True))
     assert tile.bounded == bounded
