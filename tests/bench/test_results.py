@@ -59,6 +59,11 @@ def features(**milliseconds: float) -> dict[str, Any]:
     return document("features", rows)
 
 
+def ordered() -> list[Any]:
+    found = row("deterministic", "bwd", 4096, flashtile=timed(11.5), plain=timed(10.0))
+    return [found | {"backend": "hopper", "plain": {"feature": "causal", "flops": 1e12}}]
+
+
 def memory(last: float = 2.0) -> dict[str, Any]:
     return document("memory", [
         {"path": "causal", "seqlen": 1024, "flashtile_bytes": 2**20, "math_bytes": 2**24},
@@ -116,6 +121,8 @@ def test_features_claims() -> None:
     assert all(_verdicts(features(window=1.9, documents=1.6, softcap=12.4, mask=12.9)).values())
     assert not any(_verdicts(features(window=2.1, documents=1.7, softcap=12.6, mask=13.1)).values())
     assert _verdicts(features(bias=99.0)) == {}
+    [claim] = claims(document("features", ordered()))
+    assert (claim.measured, claim.limit) == (pytest.approx(1.15), 1.15)
 
 
 def layer(backward: float = 20.0) -> list[Any]:
@@ -256,7 +263,7 @@ def _folder(root: Path) -> Path:
     measured = dense(**{"flashtile-triton": timed(2.0)})
     cached = decode(page_1=96.0, append=98.0)
     kinds = features(window=2.0, softcap=12.0, lengths=12.5)
-    kinds["rows"] += layer()
+    kinds["rows"] += [*layer(), *ordered()]
     for found in (measured, kinds, memory(), host(), cached):
         (folder / f"{found['suite']}.json").write_text(json.dumps(found))
     return folder
@@ -274,6 +281,7 @@ def test_tables_of_a_gpu(tmp_path: Path) -> None:
     assert "forward: 5.0x the speed of causal attention" in found["h200-features"]
     assert "forward and backward: 3.00x FlashAttention-2 and 2.00x cuDNN." in found["h200-features"]
     assert "1 x 16,384 x 16 0.80x." in found["h200-features"]
+    assert "head dim and length: causal 128 x 4,096 1.15x." in found["h200-features"]
     assert "| 2,048 | 2 MiB | not run | not run |" in found["h200-memory"]
     assert "| flashtile | 10.0 | 10.0 |" in found["h200-host"] and "fa3" not in found["h200-host"]
     full, others = found["h200-decode"].split("Other caches")

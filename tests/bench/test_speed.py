@@ -12,7 +12,7 @@ from torch import Tensor
 
 from flashtile import flash_attn_func
 from flashtile.bench import providers, run, speed
-from flashtile.bench.features import FEATURES, Cell
+from flashtile.bench.features import FEATURES, ORDERED, Cell
 from flashtile.bench.gate import Gate, draw
 from flashtile.bench.options import Options
 
@@ -71,14 +71,16 @@ def test_every_feature_runs_against_plain_attention(feature: str, options: Make)
     for row in rows:
         found = row["providers"]
         assert "tflops" in found["flashtile"] and "tflops" in found["plain"], found
-        assert ("reason" in found["math"]) == (feature in ("softcap", "sink")), found
+        lacks = ("softcap", "sink", *ORDERED)
+        assert ("reason" in found["math"]) == (feature in lacks), found
         assert row["plain"]["feature"] in ("full", "causal")
 
 
 def test_cells_of_features(options: Make) -> None:
     asked = options(tokens=16384, hidden=2048)
     cells: dict[str, list[Cell]] = {}
-    for cell in speed.feature_cells(asked):
+    every = list(speed.feature_cells(asked))
+    for cell in every:
         if cell.head_dim == 128:
             cells.setdefault(cell.feature, []).append(cell)
 
@@ -86,6 +88,9 @@ def test_cells_of_features(options: Make) -> None:
     assert cells["gqa"] == [Cell("gqa", 1, 16384, 32, 8, 128)]
     assert cells["mqa"] == [Cell("mqa", 1, 4096, 32, 1, 128)]
     assert cells["bias"] == [Cell("bias", 4, 4096, 16, 16, 128)]
+    for feature in ORDERED:
+        sizes = [(c.batch, c.seqlen, c.head_dim) for c in every if c.feature == feature]
+        assert sizes == [(b, n, d) for d in (128, 64, 256) for b, n in ((4, 4096), (1, 16384))]
     baselines = [FEATURES["lengths"](c, torch.device("cpu")).baseline for c in cells["lengths"]]
     assert [(c.batch, c.seqlen, c.heads) for c in cells["lengths"]] == [
         (16, 1000, 16), (5, 3000, 16), (3, 5000, 16), (1, 12345, 16), (4, 4096, 12), (4, 4096, 20)

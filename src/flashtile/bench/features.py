@@ -185,6 +185,16 @@ def sink(cell: Cell, device: torch.device) -> Work:
     return causal(cell, device)._replace(keywords={"causal": True, "learnable_sink": logits})
 
 
+def deterministic(cell: Cell, device: torch.device) -> Work:
+    """Gradients that are summed in one order."""
+    return causal(cell, device)._replace(keywords={"causal": True, "deterministic": True})
+
+
+def deterministic_full(cell: Cell, device: torch.device) -> Work:
+    plain = full(replace(cell, feature="full"), device)
+    return plain._replace(keywords={"deterministic": True})
+
+
 def lengths(cell: Cell, device: torch.device) -> Work:
     """Any length or number of heads, against the nearest power of two and 16 heads."""
     plain = causal(cell, device)
@@ -270,6 +280,11 @@ FEATURES: dict[str, Callable[[Cell, torch.device], Work]] = {
     "mqa": gqa,
     "layer": gqa,
     "sink": sink,
+    "deterministic": deterministic,
+    "deterministic full": deterministic_full,
     "lengths": lengths,
     "varlen": varlen,
 }
+
+ORDERED = ("deterministic", "deterministic full")
+"""Features of which only the gradients are of interest."""

@@ -112,7 +112,8 @@ class Gate:
 
     def _reference(self, dtype: torch.dtype | None, **changes: Any) -> list[Tensor]:
         """out and the gradients of q, k, v and what else is learned, of the first heads."""
-        keywords = {n: x for n, x in self._work.keywords.items() if not n.startswith("max_seqlen")}
+        unknown = {"max_seqlen_q", "max_seqlen_k", "deterministic"}
+        keywords = {n: x for n, x in self._work.keywords.items() if n not in unknown}
         keywords |= changes
         q, k, v, dout = (
             self._first_heads(name, x.detach())

@@ -33,6 +33,8 @@ def build(name: str, cell: Cell, work: Work, device: torch.device) -> Attend:
         return _flashtile(work)
     if name == "flex":
         return _flex(cell, work, device)
+    if name in SDPA:
+        _refuse(work, "SDPA", ORDER)
     if name == "fa2" and (work.lengths or "window_size" in work.keywords):
         return _torch_varlen(cell, work, device)
     if name in SDPA:
@@ -59,6 +61,10 @@ def only(backend: str) -> Iterator[None]:
         ops.plan = before
 
 
+ORDER = {"deterministic": "argument for the order of its sums"}
+"""What PyTorch's own functions lack: they look at a switch of the whole process."""
+
+
 @lru_cache
 def _planner(backend: str) -> Callable[[AttentionProblem, Device], Plan]:
     """One for each backend: calls are replayed by the planner that they were planned with."""
@@ -78,7 +84,7 @@ def _flashtile(work: Work) -> Attend:
 
 
 def _flex(cell: Cell, work: Work, device: torch.device) -> Attend:
-    _refuse(work, "FlexAttention", {"dropout_p": "dropout", "learnable_sink": "sink"})
+    _refuse(work, "FlexAttention", {"dropout_p": "dropout", "learnable_sink": "sink", **ORDER})
     return batched(flex.attention(cell, work, device), work)
 
 
@@ -143,9 +149,12 @@ def _torch_varlen(cell: Cell, work: Work, device: torch.device) -> Attend:
 
 
 PACKAGES = {
-    "flash-attn": ("flash_attn", {"dropout_p", "window_size", "softcap", "alibi_slopes"}),
-    "fa3": ("flash_attn_interface", {"window_size", "softcap"}),
-    "fa4": ("flash_attn.cute", {"window_size", "softcap"}),
+    "flash-attn": (
+        "flash_attn",
+        {"dropout_p", "window_size", "softcap", "alibi_slopes", "deterministic"},
+    ),
+    "fa3": ("flash_attn_interface", {"window_size", "softcap", "deterministic"}),
+    "fa4": ("flash_attn.cute", {"window_size", "softcap", "deterministic"}),
 }
 """The flash-attention project's modules: 2, 3 (`hopper/`) and 4, and what they do besides causal
 and varlen."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from flashtile.bench import providers
-from flashtile.bench.features import FEATURES, Cell, Work, flops
+from flashtile.bench.features import FEATURES, ORDERED, Cell, Work, flops
 from flashtile.bench.gate import Gate, Inputs, draw
 from flashtile.bench.measure import Function
 from flashtile.bench.options import Options
@@ -22,8 +22,8 @@ from flashtile.explain import explain
 DENSE = ("flashtile", "flashtile-triton", "fa2", "cudnn", "flex", "flash-attn", "fa3", "fa4")
 FEATURE = ("flashtile", "flashtile-triton", "fa2", "efficient", "flex", "flash-attn", "fa3", "fa4")
 
-NARROW = ("window", "softcap", "dropout", "documents")
-"""The features that are measured at head dim 64 as well as 128."""
+OTHER_DIMS = {64: ("window", "softcap", "dropout", "documents", *ORDERED), 256: ORDERED}
+"""The features that are measured at other head dims than 128."""
 
 UNEVEN = ((1000, 16), (3000, 16), (5000, 16), (12345, 16), (4096, 12), (4096, 20))
 """(tokens, heads) of cells off the grid of powers of two."""
@@ -47,13 +47,12 @@ def dense_cells(options: Options) -> Iterator[Cell]:
 
 
 def feature_cells(options: Options) -> Iterator[Cell]:
-    for head_dim in (128, 64):
+    for head_dim in (128, *OTHER_DIMS):
         heads = options.hidden // head_dim
         plain = Cell("causal", 1, options.tokens, heads, heads, head_dim)
-        for feature in FEATURES:
-            if feature in ("full", "causal") or (head_dim == 64 and feature not in NARROW):
-                continue
-            yield from _of_feature(replace(plain, feature=feature), options)
+        for feature in OTHER_DIMS.get(head_dim, FEATURES):
+            if feature not in ("full", "causal"):
+                yield from _of_feature(replace(plain, feature=feature), options)
 
 
 def _of_feature(cell: Cell, options: Options) -> Iterator[Cell]:
@@ -64,6 +63,10 @@ def _of_feature(cell: Cell, options: Options) -> Iterator[Cell]:
             if seqlen <= tokens:
                 yield replace(cell, batch=tokens // seqlen, seqlen=seqlen, heads=count,
                               kv_heads=count)  # fmt: skip
+        return
+    if feature in ORDERED:
+        for seqlen in sorted({min(tokens, 4096), tokens}):
+            yield replace(cell, batch=tokens // seqlen, seqlen=seqlen)
         return
     if feature in ("gqa", "mqa", "layer"):
         shared = 1 if feature == "mqa" else max(1, heads // 2)

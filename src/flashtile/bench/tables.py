@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from flashtile.bench.claims import layer_gain
+from flashtile.bench.features import ORDERED
 from flashtile.bench.peers import over_best_peer
 from flashtile.bench.record import read
 from flashtile.bench.summary import Document, Row, against_plain, milliseconds, ratio, speedup
@@ -154,7 +155,7 @@ def features(results: Path) -> str:
                 _both((against_plain(r) for r in pair), "x"),
                 *(_both((ratio(r, name) for r in pair), "x") for name in PEERS),
             ))  # fmt: skip
-    sentences = [*_gains(document), *_layer(document), *_lengths(document)]
+    sentences = [*_gains(document), *_layer(document), *_lengths(document), *_ordered(document)]
     return "\n".join((*lines, "", *sentences, "", _source(document, GPU)))
 
 
@@ -192,6 +193,19 @@ def _lengths(document: Document) -> list[str]:
         return []
     return [f"- Batch x tokens x heads off the grid, forward, the rate of the nearest cell on it: "
             f"{', '.join(found)}."]  # fmt: skip
+
+
+def _ordered(document: Document) -> list[str]:
+    """What gradients cost that are summed in one order."""
+    found = [
+        f"{row['plain']['feature']} {row['head_dim']} x {row['seqlen']:,} {cost:.2f}x"
+        for row in document["rows"]
+        if row["feature"] in ORDERED and row["mode"] == "bwd" and (cost := against_plain(row))
+    ]
+    if not found:
+        return []
+    return [f"- `deterministic=True`, time of the backward over the default's, by mask, head dim "
+            f"and length: {', '.join(found)}."]  # fmt: skip
 
 
 def _both(values: Any, unit: str = "") -> str:
