@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from flashtile import flash_attn_with_kvcache, reference
+from flashtile import flash_attn_func, flash_attn_with_kvcache, reference
 from flashtile.testing import assert_within_budget
 
 HEADS, KV_HEADS, CAPACITY = 8, 2, 2500
@@ -87,22 +87,46 @@ def test_split_size_gives_the_same_bits_in_any_batch() -> None:
         assert torch.equal(alone[0], together[row])
 
 
-def test_a_captured_graph_replays_with_other_lengths() -> None:
+@pytest.mark.parametrize("page", [0, 16])
+def test_a_captured_graph_replays_with_other_lengths(page: int) -> None:
+    """A thousand times, each with the bits of a call of its own."""
     torch.manual_seed(0)
-    caches, keywords = _cache(0, 128, torch.bfloat16)
+    caches, keywords = _cache(page, 128, torch.bfloat16)
     for cache in caches:
         cache.nan_to_num_(1.0)
+    if page:
+        keywords["block_table"].remainder_(len(caches[0]))
     q = torch.randn(len(LENGTHS), 1, HEADS, 128, device="cuda").to(torch.bfloat16)
     lengths = keywords["cache_seqlens"]
     flash_attn_with_kvcache(q, *caches, **keywords)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         out = flash_attn_with_kvcache(q, *caches, **keywords)
-    for replay in range(50):
+    for replay in range(1000):
         new = torch.randint(0, CAPACITY + 1, (len(LENGTHS),), device="cuda", dtype=torch.int32)
         lengths.copy_(torch.where(torch.rand(len(LENGTHS), device="cuda") < 0.3, 0, new))
         graph.replay()
         assert torch.equal(out, flash_attn_with_kvcache(q, *caches, **keywords)), replay
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_prefill_equals_its_tokens_one_by_one(dtype: torch.dtype) -> None:
+    """The same rows of the same attention, by the forward kernel and, appending, by decoding."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 97, h, 128, device="cuda").to(dtype) for h in (8, 2, 2))
+    golden = reference.attention(q, k, v, causal=True).out
+    eager = reference.attention(q, k, v, causal=True, dtype=None).out
+    caches = [torch.zeros(2, 112, 2, 128, device="cuda", dtype=dtype) for _ in "kv"]
+    ones = []
+    for at in range(97):
+        new_q, new_k, new_v = (x[:, at : at + 1] for x in (q, k, v))
+        ones.append(
+            flash_attn_with_kvcache(
+                new_q, *caches, new_k, new_v, cache_seqlens=_ints(at, at), causal=True
+            )
+        )
+    assert_within_budget(torch.cat(ones, 1), eager, golden, "out, one by one")
+    assert_within_budget(flash_attn_func(q, k, v, causal=True), eager, golden, "out of a prefill")
 
 
 @pytest.mark.parametrize("page", [0, 16])
