@@ -20,9 +20,11 @@ from flashtile.bench.gate import draw
 
 CPU = torch.device("cpu")
 
+PAGED = ("page 16", "page 256")
+
 
 def _cell(feature: str) -> Cell:
-    batch = 1 if feature in ("documents", "varlen") else 2
+    batch = 1 if feature in ("documents", "varlen", *PAGED) else 2
     return Cell(feature, batch, 256, 4, 2 if feature == "gqa" else 4, 32)
 
 
@@ -34,7 +36,7 @@ def _difference(work: Work, cell: Cell, attend: providers.Attend) -> float:
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-@pytest.mark.parametrize("feature", sorted(FEATURES.keys() - {"dropout", "sink"}))
+@pytest.mark.parametrize("feature", sorted(FEATURES.keys() - {"dropout", "sink", *PAGED}))
 def test_flex_attention_computes_the_same(feature: str) -> None:
     cell = _cell(feature)
     work = FEATURES[feature](cell, CPU)
@@ -43,7 +45,8 @@ def test_flex_attention_computes_the_same(feature: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "feature", [f for f in FEATURES if f not in ("dropout", "sink", "softcap", *ORDERED)]
+    "feature",
+    [f for f in FEATURES if f not in ("dropout", "sink", "softcap", *ORDERED, *PAGED)],
 )
 def test_sdpa_computes_the_same(feature: str) -> None:
     cell = _cell(feature)
@@ -79,3 +82,21 @@ def test_packed_sequences_are_compared_at_about_equal_work() -> None:
 
     assert 0.9 < equal.pairs / work.pairs < 1.1
     assert 0.9 < work.baseline.batch * work.baseline.seqlen / 16384 < 1.1
+
+
+@pytest.mark.parametrize("feature", PAGED)
+def test_pages_hold_the_keys_of_plain_attention(feature: str) -> None:
+    cell = Cell(feature, 1, 300, 4, 2, 32)
+    work = FEATURES[feature](cell, CPU)
+    q, k, v = (x.detach() for x in draw(cell, work, CPU).leaves)
+    table = work.keywords["block_table"]
+    paged = providers.build("flashtile", cell, work, CPU)(q, k, v)
+    k, v = (x[table[0].long()].flatten(0, 1)[: cell.seqlen] for x in (k, v))
+    dense = providers.build("flashtile", cell, FEATURES["causal"](cell, CPU), CPU)(
+        q[None], k[None], v[None]
+    )
+
+    assert work.page_size * table.numel() >= 300 > work.page_size * (table.numel() - 1)
+    assert float((paged - dense[0]).norm() / dense.norm()) < 0.005
+    with pytest.raises(providers.CannotError, match="no pages"):
+        providers.build("math", cell, work, CPU)

@@ -40,6 +40,7 @@ class Work(NamedTuple):
     attn_mask: Callable[[], Tensor] | None = None  # SDPA's, where is_causal does not say it
     lengths: tuple[int, ...] = ()  # of the sequences that are packed in one row of tokens
     learned: tuple[Tensor, ...] = ()  # operands with a gradient, besides q, k and v
+    page_size: int = 0  # k and v are (pages, page_size, kv_heads, head_dim) where it is not 0
 
     @property
     def causal(self) -> bool:
@@ -225,6 +226,19 @@ def varlen(cell: Cell, device: torch.device) -> Work:
     )  # fmt: skip
 
 
+def pages(cell: Cell, device: torch.device) -> Work:
+    """K and V in the pages of a pool, in random order: a prefill of one row, against dense keys."""
+    size = int(cell.feature.removeprefix("page "))
+    generator = torch.Generator().manual_seed(0)
+    table = torch.randperm(-(-cell.seqlen // size), generator=generator).int()[None]
+    cu_seqlens = torch.tensor([0, cell.seqlen], dtype=torch.int32, device=device)
+    plain = causal(cell, device)
+    keywords = {"causal": True, "cu_seqlens_q": cu_seqlens, "cu_seqlens_k": cu_seqlens,
+                "max_seqlen_q": cell.seqlen, "max_seqlen_k": cell.seqlen,
+                "block_table": table.to(device)}  # fmt: skip
+    return plain._replace(keywords=keywords, page_size=size)
+
+
 def lognormal_lengths(tokens: int) -> tuple[int, ...]:
     """Lengths of median tokens / 32 and sigma 1 that add up to `tokens`, the last cut short."""
     generator = torch.Generator().manual_seed(0)
@@ -284,6 +298,8 @@ FEATURES: dict[str, Callable[[Cell, torch.device], Work]] = {
     "deterministic full": deterministic_full,
     "lengths": lengths,
     "varlen": varlen,
+    "page 16": pages,
+    "page 256": pages,
 }
 
 ORDERED = ("deterministic", "deterministic full")

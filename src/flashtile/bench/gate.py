@@ -45,12 +45,14 @@ class Inputs(NamedTuple):
 def draw(cell: Cell, work: Work, device: torch.device) -> Inputs:
     """Random normal inputs, with gradients."""
     generator = torch.Generator(device).manual_seed(0)
-    rows = (cell.seqlen,) if work.packed else (cell.batch, cell.seqlen)
-    heads = (cell.heads, cell.kv_heads, cell.kv_heads, cell.heads)
+    queries = keys = (cell.seqlen,) if work.packed else (cell.batch, cell.seqlen)
+    if work.page_size:
+        keys = (work.keywords["block_table"].numel(), work.page_size)
     q, k, v, dout = (
         torch.randn(*rows, h, cell.head_dim, dtype=DTYPE, device=device, generator=generator)
-        for h in heads
-    )
+        for rows, h in ((queries, cell.heads), (keys, cell.kv_heads), (keys, cell.kv_heads),
+                        (queries, cell.heads))
+    )  # fmt: skip
     return Inputs(q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), dout)
 
 

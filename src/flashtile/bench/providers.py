@@ -89,8 +89,9 @@ def _flex(cell: Cell, work: Work, device: torch.device) -> Attend:
 
 
 def _refuse(work: Work, library: str, lacks: dict[str, str]) -> None:
-    """Raise CannotError where a cell asks for what a library lacks, by flashtile's keywords."""
-    for keyword, text in lacks.items():
+    """Raise CannotError where a cell asks for what a library lacks, by flashtile's keywords: pages,
+    which none of PyTorch's has, and what else it says."""
+    for keyword, text in {"block_table": "pages", **lacks}.items():
         if keyword in work.keywords:
             raise CannotError(f"{library} has no {text}")
 

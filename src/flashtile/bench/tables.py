@@ -29,6 +29,8 @@ FEATURES = {
     "mqa": "causal, 32 heads on one KV head",
     "sink": "causal, a learned sink",
     "varlen": "causal, packed lognormal lengths",
+    "page 16": "causal, K and V in pages of 16 tokens",
+    "page 256": "causal, K and V in pages of 256 tokens",
 }
 
 DECODE = {
