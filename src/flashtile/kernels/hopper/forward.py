@@ -13,6 +13,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from flashtile.kernels.hopper import barriers, layouts
 from flashtile.kernels.hopper._compat import tma_store_wait
+from flashtile.kernels.hopper.block import Rows
 from flashtile.kernels.hopper.channels import (
     Queries,
     Ring,
@@ -34,7 +35,6 @@ from flashtile.kernels.hopper.scheduler import (
     take_tile,
 )
 from flashtile.kernels.hopper.softmax import (
-    Rows,
     finish_softmax,
     last_values,
     load_query,
