@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from dataclasses import replace
 from typing import Any
 
@@ -207,38 +206,6 @@ def test_a_dense_call_is_planned_for_hopper() -> None:
     chosen = plan(problem, SM_90)
     assert (chosen.backend, chosen.hopper) == ("hopper", forward_tile(problem))
     assert (chosen.tile.block_q, chosen.tile.block_k) == (128, 128)
-
-
-def test_tile_counters_belong_to_a_stream_or_to_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
-    """They are made by another thread: where this one allocates, in the pool of a graph that
-    torch.compile warms up for, nothing may stay."""
-    hopper = pytest.importorskip("flashtile.backends.hopper")
-    spare, late = [torch.zeros(4) for _ in range(4)], torch.zeros(2)
-    now, makers = {"capturing": True, "stream": 5}, []
-
-    def clear(device: int) -> list[Tensor]:
-        makers.append(threading.get_ident())
-        return list(spare)
-
-    def counter(**changes: Any) -> int:
-        now.update(changes)
-        return int(hopper._counter("cuda", 0).data_ptr())
-
-    for name, new in (("_cleared_counters", clear), ("_counters", {}), ("_spare", {})):
-        monkeypatch.setattr(hopper, name, new)
-    for name, key in (("isCurrentStreamCapturing", "capturing"), ("getCurrentRawStream", "stream")):
-        monkeypatch.setattr(torch._C, f"_cuda_{name}", lambda *_, key=key: now[key], raising=False)
-    monkeypatch.setattr(torch, "zeros", lambda *_, **__: late)
-
-    assert counter() == late.data_ptr()  # a graph before any launch clears its own
-    first = counter(capturing=False)
-    assert counter() == first
-    found = {first, counter(stream=6), counter(capturing=True), counter()}
-    assert found == {x.data_ptr() for x in spare}
-    assert counter() == late.data_ptr()
-    assert counter(capturing=False, stream=5) == first
-    assert len(makers) == 1
-    assert makers[0] != threading.get_ident()
 
 
 @pytest.mark.parametrize(

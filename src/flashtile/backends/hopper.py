@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from flashtile.backends import blocklists, operands, triton
+from flashtile.backends import blocklists, counters, operands, triton
 from flashtile.backends.hopper_backward import backward, ragged_k, ragged_q
 from flashtile.backends.launch import Launch, processors, run
 from flashtile.backends.operands import row_view
@@ -45,9 +44,6 @@ MOST_UNIT = 2.0**27
 
 PAGE_COLUMNS = 64
 """Columns of a part of a page that is loaded at once (see `pages.load_part`)."""
-
-COUNTERS = 4096
-"""Streams and captured launches that find a counter cleared beforehand."""
 
 
 def forward(call: Call, plan: Plan) -> tuple[Tensor, Tensor]:
@@ -109,7 +105,6 @@ def _query_maps(
 
 
 def _key_maps(
-    call: Call, seq: Sequences, tile: HopperTile
 ) -> tuple[Sequences, list[TensorDescriptor]]:
     """The keys' sequences, and maps of k and v."""
     k, v = call.operands[1:3]
@@ -139,7 +134,7 @@ def _work(call: Call, tile: HopperTile) -> Work:
         group = q.shape[-2] // k.shape[-2]
         together = heads_in_l2(pairs // group, L2_BYTES // max(1, per_head)) * group
     row_tiles = -(-call.seqlen_q // tile.block_m)
-    counter = make(partial(_counter, q.device.type, q.get_device()))
+    counter = make(partial(counters.counters, q.device.type, q.get_device(), 2))
     return Work(counter, opaque(row_tiles), opaque(pairs), opaque(min(together, pairs)))
 
 
@@ -161,43 +156,3 @@ def _mapped(call: Call) -> Call:
     q, k, v = call.operands[:3]
     q, k, v = mapped(q, ragged_q(call)), mapped(k), mapped(v)
     return call._replace(operands=call.operands._replace(q=q, k=k, v=v))
-
-
-_counters: dict[tuple[int, int], Tensor] = {}
-_spare: dict[int, list[Tensor]] = {}
-_cleared: list[Tensor] = []  # graphs outlive what holds their counters
-
-
-def _counter(kind: str, device: int) -> Tensor:
-    """(2,) int32 zeros on the current device, which the launch leaves as zeros.
-
-    Launches of one stream follow each other and share one. A captured launch gets one that no other
-    launch uses: its graph may be replayed on any stream, beside any other.
-    """
-    if kind != "cuda":
-        return torch.zeros(2, dtype=torch.int32, device=kind)
-    if torch._C._cuda_isCurrentStreamCapturing():
-        return _spare_counter(device)
-    key = device, torch._C._cuda_getCurrentRawStream(device)
-    found = _counters.get(key)
-    if found is None:
-        if device not in _spare:
-            # By another thread: this one may be allocating in a graph's pool, as torch.compile does
-            # to warm up for "reduce-overhead", and there nothing but results may stay.
-            with ThreadPoolExecutor(1) as thread:
-                _spare[device] = thread.submit(_cleared_counters, device).result()
-        found = _counters[key] = _spare_counter(device)
-    return found
-
-
-def _spare_counter(device: int) -> Tensor:
-    spare = _spare.get(device)
-    return spare.pop() if spare else torch.zeros(2, dtype=torch.int32, device=device)
-
-
-def _cleared_counters(device: int) -> list[Tensor]:
-    """Counters that launches on any stream may use: waited for, once a process."""
-    cleared = torch.zeros((COUNTERS, 4), dtype=torch.int32, device=device)
-    torch.cuda.current_stream(device).synchronize()
-    _cleared.append(cleared)
-    return list(cleared.unbind())
