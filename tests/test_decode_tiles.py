@@ -57,7 +57,8 @@ def test_few_queries_over_long_keys_are_decoded(
 
 def test_a_plan_says_how_keys_are_split() -> None:
     for changes, text in (
-        ({}, "planned on the device, for 2 programs an SM"),
+        ({}, "planned on the device, for 2 programs an SM, keys by TMA"),
+        ({"page_size": 1}, "planned on the device, for 2 programs an SM"),
         ({"num_splits": 3}, "at most 3 a row"),
         ({"split_size": 1024}, "every 1,024 keys"),
     ):

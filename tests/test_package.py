@@ -21,7 +21,7 @@ LAYERS = (
     ("strides",),
     ("config", "problem", "random", "rotary", "tiles"),
     ("decode_tiles", "hopper_tiles", "quantize"),
-    ("hopper_backward_tiles",),
+    ("hopper_backward_tiles", "hopper_decode_tiles"),
     ("checks", "kernels", "mods", "plan", "reference"),
     ("backends",),
     ("observers", "values"),

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from flashtile.decode_tiles import DecodeConfig, cannot_decode
 from flashtile.hopper_backward_tiles import backward_tile, cannot_backward
+from flashtile.hopper_decode_tiles import PROGRAMS_PER_SM, cannot_stream
 from flashtile.plan import Device, Plan, plan
 from flashtile.problem import UNBOUNDED, AttentionProblem, describe
 
@@ -40,8 +41,13 @@ class Explanation:
             ("bytes", f"{chosen.bytes_forward:.3g} forward, {chosen.bytes_backward:.3g} backward"),
         ]
         rows += _packing(chosen) + self._backward()
-        if chosen.decode is not None:
+        if chosen.stream is not None:
+            text = f"planned on the device, for {PROGRAMS_PER_SM} programs an SM, keys by TMA"
+            rows.append(("splits", text))
+        elif chosen.decode is not None:
             rows.append(("splits", _splits_text(p, chosen.decode)))
+            if chosen.backend == "hopper" and (reason := cannot_stream(p)) is not None:
+                rows.append(("not by TMA", reason))
         elif (reason := cannot_decode(p)) is not None and chosen.kernels is not None:
             rows.append(("not split", reason))
         return rows + [(f"not {name}", reason) for name, reason in chosen.passed_over]

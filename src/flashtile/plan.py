@@ -11,6 +11,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from flashtile.decode_tiles import DecodeConfig, cannot_decode, decode_config
+from flashtile.hopper_decode_tiles import HopperDecodeTile, cannot_stream, decode_tile
 from flashtile.hopper_tiles import HopperTile, cannot, forward_tile
 from flashtile.problem import UNBOUNDED, AttentionProblem
 from flashtile.tiles import KernelConfigs, configs, shortage
@@ -80,6 +81,7 @@ class Plan:
     nvidia: bool = False  # kernels may use PTX
     hopper: HopperTile | None = None  # forward of the Hopper backend
     decode: DecodeConfig | None = None  # forward by the decode kernels, whose keys are split
+    stream: HopperDecodeTile | None = None  # that forward by the Hopper decode kernel
 
 
 def backends(device: Device) -> list[tuple[str, str | None]]:
@@ -134,7 +136,7 @@ def plan(problem: AttentionProblem, device: Device, among: tuple[str, ...] = BAC
     pairs = visible_pairs(problem) * problem.batch * problem.heads
     d, dv = problem.head_dim, problem.head_dim_v
     read, written = _traffic(problem)
-    kernels, hopper, decode, tile = None, None, None, torch_tile(problem)
+    kernels, hopper, decode, stream, tile = None, None, None, None, torch_tile(problem)
     if chosen in ("hopper", "triton"):
         kernels = configs(device.arch, problem.dtype, d, dv, problem.kind)
         tile = TileConfig(kernels.forward.block_q, kernels.forward.block_k)
@@ -146,6 +148,9 @@ def plan(problem: AttentionProblem, device: Device, among: tuple[str, ...] = BAC
     if (chosen in ("hopper", "triton") or wide) and cannot_decode(problem) is None:
         decode = decode_config(device.arch, problem)
         tile = TileConfig(decode.block_m, decode.block_n)
+        if chosen == "hopper" and cannot_stream(problem) is None:
+            stream = decode_tile(problem)
+            tile = TileConfig(stream.block_m, stream.block_n)
     return Plan(
         backend=chosen,
         tile=tile,
@@ -158,6 +163,7 @@ def plan(problem: AttentionProblem, device: Device, among: tuple[str, ...] = BAC
         nvidia=device.arch.startswith("sm_"),
         hopper=hopper,
         decode=decode,
+        stream=stream,
     )
 
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from flashtile import config as switches
-from flashtile.backends import operands
+from flashtile.backends import hopper_decode, operands
+from flashtile.backends.hopper import MOST_UNIT
 from flashtile.backends.launch import Launch, processors, run
 from flashtile.backends.operands import as_bytes, row_view, token_view
 from flashtile.backends.replays import empty, make
@@ -44,10 +45,17 @@ def forward(
     q, v = call.operands.q, call.operands.v
     out = empty((*q.shape[:-1], v.shape[-1]), q, out_dtype)
     lse = empty(call.lse_shape, q, torch.float32)
-    if lse.numel() > 0:
+    if plan.stream is not None and prefix is None and out_dtype is None and _streams(call):
+        run(hopper_decode.forward_launch(call, plan.stream, out, lse))
+    elif lse.numel() > 0:
         for launch in launches(call, plan, out, lse, prefix):
             run(launch)
     return out, lse
+
+
+def _streams(call: Call) -> bool:
+    """Whether nothing of a call, which depends on more than its metadata, keeps TMA from it."""
+    return all(x.numel() > 0 for x in call.operands[:3]) and operands.score_unit(call) <= MOST_UNIT
 
 
 def launches(

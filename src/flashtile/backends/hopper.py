@@ -22,6 +22,7 @@ from flashtile.backends.tensormaps import (
     slot_map,
     tensor_map,
 )
+from flashtile.hopper_decode_tiles import HopperDecodeTile
 from flashtile.hopper_tiles import MOST_CAP, HopperTile
 from flashtile.kernels import scores
 from flashtile.kernels.forward import Heads, Variant
@@ -68,7 +69,7 @@ def forward_launch(call: Call, plan: Plan, out: Tensor, lse: Tensor) -> Launch:
     if variant.dropouts:
         dropout = variant.dropouts[0]._replace(multiply=words.multiply)
         variant = variant._replace(dropouts=(dropout,))
-    k_seq, keys = _key_maps(call, a.k_seq, tile)
+    k_seq, keys = key_maps(call, a.k_seq, tile)
     queries, outputs, heads, rows = _query_maps(call, out, a.heads, tile)
     grid = min(processors(q.device), triton.query_grid(rows, tile.block_m))
     return Launch(
@@ -104,7 +105,8 @@ def _query_maps(
     )
 
 
-def _key_maps(
+def key_maps(
+    call: Call, seq: Sequences, tile: HopperTile | HopperDecodeTile
 ) -> tuple[Sequences, list[TensorDescriptor]]:
     """The keys' sequences, and maps of k and v."""
     k, v = call.operands[1:3]

@@ -33,6 +33,8 @@ def launches(case: Case, arch: str) -> list[Launch]:
         decode = importlib.import_module("flashtile.backends.decode")
         with _recorded() as found:
             decode.forward(call, chosen)
+            if chosen.stream is not None:
+                decode.forward(call, replace(chosen, stream=None))
             if call.sequences.block_table is not None or call.quantized:
                 append.append(call, _new_tokens(call))
         return found

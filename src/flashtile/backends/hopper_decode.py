@@ -1,0 +1,47 @@
+"""The Hopper decode kernel's host side: one launch whose grid and workspace depend on shapes."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from flashtile.backends import operands
+from flashtile.backends.counters import counters
+from flashtile.backends.hopper import key_maps
+from flashtile.backends.launch import Launch, processors
+from flashtile.backends.operands import row_view, token_view
+from flashtile.backends.replays import empty, make
+from flashtile.backends.tensormaps import mapped
+from flashtile.hopper_decode_tiles import PROGRAMS_PER_SM, HopperDecodeTile
+from flashtile.kernels.hopper import decode as kernels
+from flashtile.kernels.hopper.parts import Parts
+from flashtile.kernels.numbers import opaque
+from flashtile.problem import Call
+
+
+def forward_launch(call: Call, tile: HopperDecodeTile, out: Tensor, lse: Tensor) -> Launch:
+    q, k, v = call.operands[:3]
+    call = call._replace(operands=call.operands._replace(k=mapped(k), v=mapped(v)))
+    a, variant = operands.arguments(call), operands.variant(call, True)
+    k_seq, keys = key_maps(call, a.k_seq, tile)
+    grid = PROGRAMS_PER_SM * processors(q.device)
+    return Launch(
+        kernels.attention_decode, grid,
+        (a.q, *keys, token_view(out), row_view(lse), a.q_seq, k_seq, variant,
+         call.operands.learnable_sink, a.scale, a.heads, _work(call, tile, grid), tile),
+    )  # fmt: skip
+
+
+def _work(call: Call, tile: HopperDecodeTile, grid: int) -> kernels.Work:
+    q, kv_heads = call.operands.q, call.operands.k.shape[-2]
+    rows = min(tile.block_m, call.seqlen_q * q.shape[-2] // kv_heads)
+    counter = make(partial(counters, q.device.type, q.get_device(), grid))
+    return kernels.Work(
+        opaque(kv_heads),
+        Parts(
+            empty((rows, 2 * grid, tile.padded_v), q, torch.float32),
+            empty((rows, 2 * grid), q, torch.float32), opaque(rows), counter,
+        ),
+    )  # fmt: skip

@@ -1,0 +1,75 @@
+"""When the Hopper decode kernel takes a call, and with which tiles: pure functions of metadata."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from flashtile.decode_tiles import MOST_ROWS, cannot_decode
+from flashtile.hopper_tiles import cannot, padded_dim
+from flashtile.problem import AttentionProblem
+
+MOST_STREAMED = 16
+"""Queries times heads of a KV head: one program merges a tile's parts, 4 rows of 16 parts at a
+time. With 32 parts of 64 rows that is 1 MB, which the portable kernels' second launch spreads over
+the GPU."""
+
+SCANS = (32, 128, 1024)
+"""Sequences that a program looks at together: the first that holds the batch, or the last."""
+
+PAIR_BYTES = 32_768
+"""Of a block of keys and one of values."""
+
+PROGRAMS_PER_SM = 2
+"""One computes while the other waits."""
+
+
+@dataclass(frozen=True)
+class HopperDecodeTile:
+    """What the kernel is compiled for."""
+
+    dim: int
+    dim_v: int
+    padded: int  # head dim of the tiles
+    block_n: int  # keys of a block
+    scan: int  # sequences that are looked at together
+    pairs: int = 2  # blocks of keys and of values on their way to a program
+    parts: int = 16  # of a tile that are merged together
+
+    @property
+    def block_m(self) -> int:
+        """Queries times heads of a KV head."""
+        return MOST_ROWS
+
+    @property
+    def padded_v(self) -> int:
+        return self.padded
+
+    @property
+    def shared_bytes(self) -> int:
+        """Of 16-bit tiles."""
+        return 4 * self.pairs * self.block_n * self.padded
+
+
+def cannot_stream(problem: AttentionProblem) -> str | None:
+    """Why the Hopper decode kernel does not take a problem, or None."""
+    p, reason = problem, cannot_decode(problem) or cannot(problem)
+    if reason is not None:
+        return reason
+    if p.split_size or p.num_splits:
+        reason = "deals out keys by itself, here their parts are given"
+    elif p.seqlen_q * p.group > MOST_STREAMED:
+        reason = f"merges {MOST_STREAMED} queries times heads of a KV head, these are more"
+    elif p.page_size and p.page_size % 16:
+        reason = f"needs pages of a multiple of 16 tokens, these are of {p.page_size}"
+    elif p.latent:
+        reason = "has no latent cache"
+    return reason
+
+
+def decode_tile(problem: AttentionProblem) -> HopperDecodeTile:
+    p = problem
+    padded = padded_dim(p.head_dim, p.head_dim_v) or 0
+    return HopperDecodeTile(
+        p.head_dim, p.head_dim_v, padded, PAIR_BYTES // (4 * padded),
+        next((n for n in SCANS if p.batch <= n), SCANS[-1]),
+    )  # fmt: skip

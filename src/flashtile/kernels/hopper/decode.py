@@ -1,0 +1,173 @@
+"""Attention of few queries over long keys on Hopper: K and V are streamed by TMA.
+
+All query heads of a KV head, for all queries of a sequence, are the rows of one tile. Two programs
+run on a multiprocessor, and each has a ring of blocks of keys and values on their way, which runs
+on from one tile to the next: loads are always under way, while one program of the two computes. One
+launch does it all: see `shares` for who does what, `parts` for what is left to merge.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from flashtile.kernels.hopper import layouts
+from flashtile.kernels.hopper.block import Rows, modify
+from flashtile.kernels.hopper.channels import Ring, make_barriers, make_blocks
+from flashtile.kernels.hopper.parts import (
+    clear_rows,
+    finish,
+    last_to_arrive,
+    merge_tile,
+    slot_of,
+    store_part,
+    store_result,
+    tile_rows,
+)
+from flashtile.kernels.hopper.shares import blocks_seen, find_segment, open_share, sharers
+from flashtile.kernels.hopper.softmax import LEAST
+from flashtile.kernels.hopper.stream import (
+    Cursor,
+    Sources,
+    fill,
+    load_queries,
+    touch,
+    touch_queries,
+)
+from flashtile.kernels.masks import At, key_range
+from flashtile.kernels.numbers import number
+from flashtile.kernels.views import open_sequence
+
+LATE = gl.constexpr(3)
+"""Blocks before the end of a segment that the counter of its parts is asked for."""
+
+
+class Work(NamedTuple):
+    kv_heads: Any  # opaque
+    parts: Any  # Parts
+
+
+class State(NamedTuple):
+    m: Any  # (64,) running max, units of scores
+    l: Any  # (64, 4) running sums of each thread's columns
+    acc: Any  # (64, PADDED_V)
+
+
+@gluon.jit
+def start_state(TILE: gl.constexpr):
+    rows: gl.constexpr = layouts.rows_of(layouts.accumulator(TILE.block_n))
+    m = gl.full([layouts.ROWS], LEAST, gl.float32, rows)
+    BLOCK_N: gl.constexpr = TILE.block_n
+    s = gl.zeros([layouts.ROWS, BLOCK_N], gl.float32, layouts.accumulator(BLOCK_N))
+    PADDED: gl.constexpr = TILE.padded_v
+    acc = gl.zeros([layouts.ROWS, PADDED], gl.float32, layouts.accumulator(PADDED))
+    return State(m, layouts.partial_row_sums(s), acc)
+
+
+@gluon.jit
+def open_rows(s, heads, masks, TILE: gl.constexpr):
+    """A tile's rows, for masks and score mods, and the keys that all of them see."""
+    layout: gl.constexpr = layouts.rows_of(layouts.accumulator(TILE.block_n))
+    rows = tile_rows(gl.arange(0, layouts.ROWS, layout), s.head, heads)
+    token = rows.token & 0x7FFFFFFF  # `visible` asks whether rows are negative
+    seen = key_range(masks, 0, s.q.length - 1, s.q, s.k)
+    at = At(s.batch, rows.head[:, None], 0, 0, token[:, None], 0, s.q, s.k)
+    return Rows(at, seen.full_lo, seen.full_hi)
+
+
+@gluon.jit
+def attend_block(state, query, ring, i, first_k, rows, variant, unit, TILE: gl.constexpr):
+    """One more block of keys, item i of the ring, and of values, the item after it."""
+    BLOCK_N: gl.constexpr = TILE.block_n
+    keys = ring.wait(i)
+    s = gl.zeros([layouts.ROWS, BLOCK_N], gl.float32, layouts.accumulator(BLOCK_N))
+    s = warpgroup_mma(query, keys.permute((1, 0)), s, use_acc=False, is_async=True)
+    s = warpgroup_mma_wait(0, deps=[s])
+    s = modify(s, variant, rows, first_k, True, TILE)
+    m = gl.maximum(state.m, gl.max(s, 1))
+    p = gl.exp2(s * unit - (m * unit)[:, None])
+    alpha = gl.exp2((state.m - m) * unit)
+    l = state.l * gl.convert_layout(alpha, gl.SliceLayout(1, state.l.type.layout))[:, None]
+    l = l + layouts.partial_row_sums(p)
+    wide: gl.constexpr = layouts.rows_of(layouts.accumulator(TILE.padded_v))
+    acc = state.acc * gl.convert_layout(alpha, wide)[:, None]
+    values = ring.wait(i + 1)
+    p = layouts.as_operand(p, keys.dtype, TILE.padded_v)
+    acc = warpgroup_mma(p, values, acc, is_async=True)
+    return State(m, l, warpgroup_mma_wait(0, deps=[acc]))
+
+
+@gluon.jit
+def finish_state(state, unit, TILE: gl.constexpr):
+    wide: gl.constexpr = layouts.rows_of(layouts.accumulator(TILE.padded_v))
+    l = gl.convert_layout(gl.sum(state.l, 1), wide)
+    return finish(gl.convert_layout(state.m * unit, wide), l, state.acc)
+
+
+@gluon.jit
+def clear_rest(out, lse, q_seq, k_seq, masks, sink, heads, work, TILE: gl.constexpr):
+    """Write the rows that no tile with keys has: those of queries that see none, and padding."""
+    batches = number(q_seq.batch)
+    if q_seq.cu_seqlens is not None:
+        batches += 1  # the rows past the last offset
+    for batch in range(gl.program_id(0), batches, gl.num_programs(0)):
+        q_span = open_sequence(q_seq, batch)
+        k_span = open_sequence(k_seq, gl.minimum(batch, number(q_seq.batch) - 1))
+        _, blocks = blocks_seen(q_span, k_span, masks, TILE.block_n)
+        done = gl.where(blocks > 0, layouts.ROWS, 0)
+        clear_rows(out, lse, batch, done, q_seq, q_span, work.kv_heads, heads, sink, TILE)
+
+
+@gluon.jit
+def close_segment(out, lse, result, q_seq, s, share, heads, sink, parts, TILE: gl.constexpr):
+    """Write the result of a tile, or a part of it, and merge the parts if they are all there."""
+    if s.count == s.blocks:
+        row = gl.arange(0, layouts.ROWS, result.lse.type.layout)
+        rows = tile_rows(row, s.head, heads)
+        store_result(out, lse, result, q_seq, s.q, rows, sink, TILE.dim_v)
+    else:
+        first, several = sharers(share, s)
+        store_part(parts, slot_of(gl.program_id(0), s.part), result)
+        if last_to_arrive(parts, first, several):
+            merge_tile(out, lse, parts, first, several, q_seq, s.q, s.head, heads, sink, TILE)
+            gl.store(parts.counter + first, 0)
+
+
+@gluon.jit
+def attention_decode(q, k, v, out, lse, q_seq, k_seq, variant, sink, scale, heads, work,
+                     TILE: gl.constexpr):  # fmt: skip
+    """A program's share of all blocks of keys."""
+    source = Sources(q, k, v, q_seq, k_seq, heads, work.kv_heads)
+    share = open_share(q_seq, k_seq, variant.masks, work.kv_heads, TILE)
+    SLOTS: gl.constexpr = 2 * TILE.pairs
+    ring = Ring(make_blocks(k, SLOTS, TILE.block_n, TILE.padded), make_barriers(SLOTS), SLOTS, 128)
+    fence_async_shared()
+    unit = share.start
+    s = find_segment(unit, share.stop, q_seq, k_seq, variant.masks, work.kv_heads, TILE)
+    if unit < share.stop:
+        touch_queries(source, s, TILE)
+    cursor = fill(ring, share, Cursor(unit, s), unit, unit, source, variant.masks, TILE)
+    while unit < share.stop:
+        query = load_queries(source, s, TILE)
+        rows = open_rows(s, heads, variant.masks, TILE)
+        state = start_state(TILE)
+        first, _ = sharers(share, s)
+        for j in range(s.count):
+            if j == gl.maximum(s.count - LATE, 0):
+                touch(work.parts.counter + first)
+            first_k = (s.block + j) * TILE.block_n
+            state = attend_block(state, query, ring, 2 * (unit - share.start), first_k, rows,
+                                 variant, scale.log2, TILE)  # fmt: skip
+            unit += 1
+            cursor = fill(ring, share, cursor, s.unit, unit, source, variant.masks, TILE)
+        result = finish_state(state, scale.log2, TILE)
+        close_segment(out, lse, result, q_seq, s, share, heads, sink, work.parts, TILE)
+        s = cursor.segment
+    clear_rest(out, lse, q_seq, k_seq, variant.masks, sink, heads, work, TILE)

@@ -1,0 +1,74 @@
+"""When the Hopper decode kernel takes a call, and with which tiles."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from flashtile.decode_tiles import SHARED_PER_SM
+from flashtile.explain import explain_problem
+from flashtile.hopper_decode_tiles import PROGRAMS_PER_SM, cannot_stream, decode_tile
+from flashtile.plan import Device, plan
+from flashtile.problem import AttentionProblem
+
+LLAMA = AttentionProblem("cuda", "bfloat16", 32, 1, 8192, 32, 8, 128, 128)
+SM_90 = Device("cuda", "sm_90", True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({}, None),
+        ({"seqlen_q": 4}, None),
+        ({"seqlen_q": 5}, "merges 16 queries times heads of a KV head"),
+        ({"seqlen_q": 17}, "more than 64 rows"),
+        ({"layout": "varlen", "seqlen_q": 4, "total_q": 64}, None),
+        ({"dtype": "float32"}, "float16 and bfloat16"),
+        ({"head_dim": 32}, "head dims from 33 to 256"),
+        ({"page_size": 16}, None),
+        ({"page_size": 384}, None),
+        ({"page_size": 8}, "pages of a multiple of 16 tokens, these are of 8"),
+        ({"page_size": 1}, "these are of 1"),
+        ({"num_splits": 3}, "their parts are given"),
+        ({"split_size": 512}, "their parts are given"),
+        ({"features": frozenset({"seqused_k", "softcap", "alibi_slopes"})}, None),
+        ({"features": frozenset({"fp8_cache"})}, "has no fp8_cache"),
+        ({"features": frozenset({"tree_mask"})}, "has no tree_mask"),
+        ({"features": frozenset({"scattered_cache"})}, "reads caches by TMA"),
+        ({"seqlen_k": 255}, "fewer than 256 keys"),
+    ],
+    ids=str,
+)
+def test_what_keys_are_streamed_for(changes: dict[str, Any], reason: str | None) -> None:
+    problem = replace(LLAMA, **changes)
+    found = cannot_stream(problem)
+
+    assert (reason in (found or "")) if reason else found is None
+    assert (plan(problem, SM_90).stream is None) == (reason is not None)
+
+
+def test_the_portable_kernel_has_it_elsewhere() -> None:
+    assert plan(LLAMA, Device("cuda", "sm_80", True)).stream is None
+    assert plan(LLAMA, SM_90, ("triton",)).stream is None
+
+
+def test_an_explanation_says_why_not() -> None:
+    rows = dict(explain_problem(replace(LLAMA, num_splits=2), SM_90).rows())
+    assert rows["not by TMA"] == "deals out keys by itself, here their parts are given"
+
+
+@pytest.mark.parametrize("dim", [40, 64, 96, 128, 192, 256])
+def test_tiles_fit_together(dim: int) -> None:
+    tile = decode_tile(replace(LLAMA, head_dim=dim, head_dim_v=dim))
+    assert PROGRAMS_PER_SM * (tile.shared_bytes + 1024 + 512) <= SHARED_PER_SM["sm_90"]
+    assert tile.padded >= dim
+    assert tile.block_n * tile.padded == 8192
+
+
+@pytest.mark.parametrize(
+    ("batch", "scan"), [(1, 32), (32, 32), (33, 128), (129, 1024), (5000, 1024)]
+)
+def test_sequences_are_looked_at_together(batch: int, scan: int) -> None:
+    assert decode_tile(replace(LLAMA, batch=batch)).scan == scan
