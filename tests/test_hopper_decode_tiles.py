@@ -15,6 +15,7 @@ from flashtile.problem import AttentionProblem
 
 LLAMA = AttentionProblem("cuda", "bfloat16", 32, 1, 8192, 32, 8, 128, 128)
 SM_90 = Device("cuda", "sm_90", True)
+STREAMED = frozenset({"seqused_k", "softcap", "alibi_slopes"})
 
 
 @pytest.mark.parametrize(
@@ -33,13 +34,13 @@ SM_90 = Device("cuda", "sm_90", True)
         ({"page_size": 1}, "these are of 1"),
         ({"num_splits": 3}, "their parts are given"),
         ({"split_size": 512}, "their parts are given"),
-        ({"features": frozenset({"seqused_k", "softcap", "alibi_slopes"})}, None),
+        ({"features": STREAMED}, None),
         ({"features": frozenset({"fp8_cache"})}, "has no fp8_cache"),
         ({"features": frozenset({"tree_mask"})}, "has no tree_mask"),
         ({"features": frozenset({"scattered_cache"})}, "reads caches by TMA"),
         ({"seqlen_k": 255}, "fewer than 256 keys"),
     ],
-    ids=str,
+    ids=lambda value: "several features" if value == {"features": STREAMED} else str(value),
 )
 def test_what_keys_are_streamed_for(changes: dict[str, Any], reason: str | None) -> None:
     problem = replace(LLAMA, **changes)
