@@ -20,11 +20,12 @@ FILES = sorted(SOURCE.rglob("*.py"))
 LAYERS = (
     ("strides",),
     ("config", "problem", "random", "rotary", "tiles"),
-    ("decode_tiles", "hopper_tiles", "quantize"),
+    ("decode_tiles", "form", "hopper_tiles", "quantize"),
     ("hopper_backward_tiles", "hopper_decode_tiles"),
     ("checks", "kernels", "mods", "plan", "reference"),
     ("backends",),
     ("observers", "values"),
+    ("guards",),
     ("ops",),
     ("explain", "api"),
     ("",),  # flashtile itself

@@ -8,18 +8,20 @@ which costs 4 us a call instead of 17.
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from flashtile import values
+from flashtile import guards, values
 from flashtile.backends import cache, cached, replays
+from flashtile.form import POSITIONS, Form
 from flashtile.observers import unseen
 from flashtile.plan import Device, Plan, plan
-from flashtile.problem import E4M3, UNBOUNDED, Call, Operands, Sequences, describe, mask_grid
+from flashtile.problem import E4M3, UNBOUNDED, Call, describe, mask_grid
 
 _CALL = (
     "Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? attn_mask, Tensor? alibi_slopes, "
@@ -43,9 +45,6 @@ _NEW_TOKENS = (
     "bool rotary_interleaved"
 )
 _UNCAST = (torch.float64, E4M3)
-_DIFFERENTIABLE = ("q", "k", "v", "bias", "learnable_sink")
-_POSITIONS = tuple(Operands._fields.index(name) for name in _DIFFERENTIABLE)
-_TENSORS = len(Operands._fields) + sum("max_" not in name for name in Sequences._fields)
 _NEW = len(cache.NewTokens._fields)
 
 _library = torch.library.Library("flashtile", "DEF")
@@ -56,28 +55,6 @@ _library.define(
 )
 _library.define(f"with_kvcache({_NEW_TOKENS}, {_CACHE_CALL}) -> (Tensor out, Tensor lse)")
 _library.define(f"classify({_CALL}) -> Tensor")
-
-
-class Form(NamedTuple):
-    """A call without its tensors."""
-
-    places: tuple[int, ...]  # of its tensors among the operator's arguments
-    wanted: tuple[int, ...]  # where q, k, v, bias and learnable_sink stand among them, or -1
-    scalars: tuple[Any, ...]
-
-    @staticmethod
-    def of(flat: Sequence[Any]) -> tuple[Form, list[Tensor]]:
-        """A call's form and its tensors."""
-        places = tuple(i for i in range(_TENSORS) if flat[i] is not None)
-        wanted = tuple(places.index(i) if i in places else -1 for i in _POSITIONS)
-        return Form(places, wanted, tuple(flat[_TENSORS:])), [flat[i] for i in places]
-
-    def flat(self, tensors: Sequence[Tensor]) -> list[Any]:
-        """The operator's arguments."""
-        flat: list[Any] = [None] * _TENSORS
-        for i, x in zip(self.places, tensors, strict=True):
-            flat[i] = x
-        return [*flat, *self.scalars]
 
 
 def _plan(call: Call) -> Plan:
@@ -209,7 +186,7 @@ def _fake_backward(dout: Any, dlse: Any, out: Any, lse: Any, *args: Any) -> list
     *flat, needs = args
     return [
         flat[at].new_empty(flat[at].shape)
-        for at, need in zip(_POSITIONS, needs, strict=True)
+        for at, need in zip(POSITIONS, needs, strict=True)
         if need and flat[at] is not None
     ]
 
@@ -223,40 +200,81 @@ def _fake_with_kvcache(*args: Any) -> tuple[Tensor, Tensor]:
     return _fake_forward(*args[_NEW:])
 
 
+class Recorded:
+    """What a call leaves to its backward besides tensors: its form, and functions for backwards
+    like those of its like, by the gradients that are asked for."""
+
+    def __init__(self, form: Form, kept: bool) -> None:
+        self.form, self._kept = form, kept
+        self._again: dict[tuple[tuple[bool, ...], bool], Callable[..., Any] | None] = {}
+
+    def gradients(
+        self, needs: tuple[bool, ...], dout: Tensor, dlse: Tensor | None, *saved: Tensor
+    ) -> Sequence[Tensor]:
+        """Those that are asked for."""
+        *tensors, out, lse = saved
+        these = (*saved, dout) if dlse is None else (*saved, dout, dlse)
+        key = needs, dlse is None
+        again = None if torch.compiler.is_dynamo_compiling() else self._again.get(key)
+        if again is not None and (found := again(*these)) is not None:
+            return found
+        if torch.is_grad_enabled() or not unseen((dout, dlse, out, lse, *tensors)):
+            return torch.ops.flashtile.backward.default(
+                dout, dlse, out, lse, *self.form.flat(tensors), needs
+            )
+        found = _run_backward(self.form, tensors, needs, dout, dlse, out, lse)
+        if self._kept and key not in self._again:
+            kind = "backward", plan, needs, self.form
+            run = replays.find(replays.key_of(kind, these))
+            self._again[key] = None if run is None else _gradients_again(run, these)
+        return found
+
+
+def _gradients_again(run: Callable[..., Any], tensors: Sequence[Tensor]) -> Callable[..., Any]:
+    names = {"ops": sys.modules[__name__], "plan": plan, "run": run}
+    return guards.written(
+        tensors, lambda these, addresses: f"run({these}, {addresses})", ["ops.plan is plan"], names
+    )
+
+
 class _Attention(torch.autograd.Function):
     """Autograd of `forward`. `torch.library.register_autograd` would cost 400 us a call: it walks
     the schema's 26 arguments once for each of them."""
 
     @staticmethod
     def forward(
-        ctx: Any, run: Callable[..., tuple[Tensor, Tensor]], form: Form, *tensors: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        out, lse = run(*tensors)
+        ctx: Any,
+        run: Callable[..., tuple[Tensor, Tensor]],
+        left: Recorded,
+        addresses: tuple[int, ...],
+        return_lse: bool,
+        *tensors: Tensor,
+    ) -> Any:
+        out, lse = run(*tensors, *addresses)
         ctx.save_for_backward(*tensors, out, lse)
-        ctx.form = form
+        ctx.left = left
+        if not return_lse:  # a result less for autograd to keep track of, 0.5 us
+            return out
         ctx.set_materialize_grads(False)
         return out, lse
 
     @staticmethod
-    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
-        *tensors, out, lse = ctx.saved_tensors
-        form, asked = ctx.form, ctx.needs_input_grad
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None = None) -> tuple[Any, ...]:
+        saved, left, asked = ctx.saved_tensors, ctx.left, ctx.needs_input_grad
         gradients: list[Tensor | None] = [None] * len(asked)
-        needs = tuple([at >= 0 and asked[2 + at] for at in form.wanted])
+        wanted = left.form.wanted
+        needs = tuple([at >= 0 and asked[_BEFORE + at] for at in wanted])
         if any(needs) and not (dout is None and dlse is None):
-            dout = torch.zeros_like(out) if dout is None else dout
-            if not torch.is_grad_enabled() and unseen((dout, dlse, out, lse, *tensors)):
-                found = _run_backward(form, tensors, needs, dout, dlse, out, lse)
-            else:
-                found = torch.ops.flashtile.backward.default(
-                    dout, dlse, out, lse, *form.flat(tensors), needs
-                )
-            following = iter(found)
-            for at, need in zip(form.wanted, needs, strict=True):
+            dout = torch.zeros_like(saved[-2]) if dout is None else dout
+            following = iter(left.gradients(needs, dout, dlse, *saved))
+            for at, need in zip(wanted, needs, strict=True):
                 if need:
-                    gradients[2 + at] = next(following)
+                    gradients[_BEFORE + at] = next(following)
         return tuple(gradients)
 
+
+_BEFORE = 4
+"""Arguments of `_Attention` before its tensors."""
 
 _apply = super(torch.autograd.Function, _Attention).apply
 """`_Attention.apply` without a look for functorch, 3 us sooner."""
@@ -289,7 +307,9 @@ def _autograd_forward(*args: Any) -> tuple[Tensor, Tensor]:
             return torch.ops.flashtile.forward.default(*form.flat(tensors))
 
     form, tensors = Form.of(args)
-    return _Attention.apply(run, form, *tensors) if _records(tensors) else run(*tensors)
+    if not _records(tensors):
+        return run(*tensors)
+    return _Attention.apply(run, Recorded(form, kept=False), (), True, *tensors)
 
 
 def _autograd_backward(*args: Any) -> list[Tensor]:
@@ -299,13 +319,10 @@ def _autograd_backward(*args: Any) -> list[Tensor]:
         return torch.ops.flashtile.backward.default(*args)
 
 
-def attend_again(
-    run: Callable[..., tuple[Tensor, Tensor]], form: Form, tensors: Sequence[Tensor]
-) -> tuple[Tensor, Tensor]:
-    """The operator's forward of a kind that was met before, where nobody sees it."""
-    if torch.is_grad_enabled() and True in [x.requires_grad for x in tensors]:
-        return _apply(run, form, *tensors)
-    return run(*tensors)
+def recording(tensors: Sequence[Tensor]) -> Any:
+    """What a replay of the operator's forward goes through where nobody sees it and gradients are
+    recorded: `_Attention`, of (run, Recorded, addresses, return_lse, *tensors). Else None."""
+    return _apply if _records(tensors) else None
 
 
 def _autocast(op: Any, key: str, first: int) -> Any:

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
-from unittest.mock import MagicMock
+from unittest.mock import MagicMock, patch
 
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo import compiled_autograd
+from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton import knobs
@@ -161,6 +167,41 @@ def test_a_mode_sees_the_operators(mode: Any, operators: tuple[str, ...]) -> Non
     assert {f"flashtile.{name}.default" for name in operators} <= set(seen.names)
 
 
+class _Graphs(list[Any]):
+    """A backend of torch.compile that keeps what it is to compile, and does as it says."""
+
+    def __call__(self, graph: Any, _: Any) -> Any:
+        self.append(graph)
+        return graph
+
+    def count_of(self, operator: Any) -> int:
+        return [node.target for graph in self for node in graph.graph.nodes].count(operator)
+
+
+def test_tracers_see_the_operator() -> None:
+    def attend(*x: Any) -> Tensor:
+        return flash_attn_func(*x)
+
+    graphs, x = _Graphs(), _qkv()
+    with interpreted(capacity=64):
+        for _ in range(2):
+            expected = attend(*x)
+        torch.testing.assert_close(torch.compile(attend, backend=graphs)(*x), expected)
+        graphs += [make_fx(attend, tracing_mode=mode)(*x) for mode in ("real", "fake")]
+    assert graphs.count_of(torch.ops.flashtile.forward.default) == 3
+
+
+def test_compiled_autograd_sees_the_operator() -> None:
+    graphs, (q, k, v) = _Graphs(), _qkv(requires_grad=True)
+    with interpreted(capacity=64):
+        for _ in range(2):
+            expected = torch.autograd.grad(flash_attn_func(q, k, v).square().sum(), (q, k, v))
+        with compiled_autograd._enable(torch.compile(backend=graphs)):
+            flash_attn_func(q, k, v).square().sum().backward()
+    torch.testing.assert_close((q.grad, k.grad, v.grad), expected)
+    assert graphs.count_of(torch.ops.flashtile.backward.default) == 1
+
+
 def test_a_default_device_is_no_reason_to_take_the_operators(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -309,6 +350,27 @@ def test_another_autocast_dtype_casts() -> None:
             flash_attn_func(*x)
 
 
+@contextmanager
+def _deterministic() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("switch", [
+    partial(patch.object, config, "checked", True), forward_ad.dual_level, _deterministic,
+    partial(patch.object, config, "allow_tf32", True), partial(patch.object, ops, "plan", None),
+], ids=["checked", "forward mode", "deterministic", "tf32", "planner"])  # fmt: skip
+def test_switches_take_the_operator(switch: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = _qkv()
+    with interpreted(capacity=64):
+        flash_attn_func(*x)
+        monkeypatch.setattr(ops, "forward", _refuse)
+        flash_attn_func(*x)
+        with switch(), pytest.raises(AssertionError, match="the long way"):
+            flash_attn_func(*x)
+
+
 def test_what_autocast_casts_takes_the_operator() -> None:
     """Though calls of the dtype before the cast were met too."""
     x = _qkv()
@@ -362,6 +424,23 @@ def test_autograd_of_a_replay() -> None:
             assert found[2].eq(0).all(), turn
             exact = flashtile.reference.attention(q, k, v).lse.sum()
             torch.testing.assert_close(found[:2], torch.autograd.grad(exact, (q, k)))
+
+
+@pytest.mark.parametrize("return_lse", [False, True])
+def test_recording_tells_calls_apart(return_lse: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The guards see what requires grad only where gradients are recorded."""
+    q, k, v = _qkv(requires_grad=True)
+    with interpreted(capacity=64):
+        for turn in range(3):
+            for recorded in (True, False, False, True):
+                with torch.set_grad_enabled(recorded):
+                    found = flash_attn_func(q, k, v, return_lse=return_lse)
+                assert isinstance(found, tuple) == return_lse
+                results = found if return_lse else (found,)
+                assert [x.requires_grad for x in results] == [recorded] * len(results)
+            assert flash_attn_func(q.detach(), k.detach(), v.detach()).requires_grad is False
+            if turn == 0:
+                monkeypatch.setattr(ops, "forward", _refuse)
 
 
 def test_saved_tensors_may_come_back_with_other_strides() -> None:

@@ -119,10 +119,11 @@ def flash_attn_with_kvcache(
                             *parts)  # fmt: skip
     if cache_seqlens is lengths and attn_mask is tree_mask is out is None:
         # Appending refuses gradients, where they are recorded.
-        given = (softmax_scale, causal, window_size, softcap, rotary_interleaved, num_splits,
-                 split_size, host_int(max_seqlen_q), torch.is_grad_enabled())  # fmt: skip
+        given = ("cache", softmax_scale, causal, window_size, softcap, rotary_interleaved,
+                 num_splits, split_size, host_int(max_seqlen_q), torch.is_grad_enabled(),
+                 return_softmax_lse)  # fmt: skip
         if (found := warm.again(given, tensors)) is not None:
-            return found if return_softmax_lse else found[0]
+            return found
     for name, x in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache)):
         checks.is_tensor(name, x, 3 if name == "q" and cu_seqlens_q is not None else 4)
     if cu_seqlens_q is not None:
@@ -152,7 +153,7 @@ def flash_attn_with_kvcache(
         result, lse = ops.with_kvcache(*new, *call.flat())
         found = result if out is None else out.copy_(result), lse
     if given is not None:
-        warm.remember(given, tensors, call, new if appends else None)
+        warm.remember(given, tensors, call, return_softmax_lse, new if appends else None)
     return found if return_softmax_lse else found[0]
 
 

@@ -91,9 +91,9 @@ def flash_attn_func(
     given, tensors = None, (q, k, v, bias, alibi_slopes, learnable_sink)
     plain = attn_mask is document_ids is score_mod is mask_mod is out is None
     if plain and dropout_p == 0.0 and not return_attn_probs:
-        given = (softmax_scale, causal, window_size, softcap, deterministic)
+        given = ("dense", softmax_scale, causal, window_size, softcap, deterministic, return_lse)
         if (found := warm.again(given, tensors)) is not None:
-            return found if return_lse else found[0]
+            return found
     call = normalise(
         q, k, v, dropout_p=dropout_p, softmax_scale=softmax_scale, causal=causal,
         window_size=window_size, softcap=softcap, alibi_slopes=alibi_slopes,
@@ -103,7 +103,7 @@ def flash_attn_func(
     )  # fmt: skip
     found = attend(call, out=out, return_lse=return_lse, return_attn_probs=return_attn_probs)
     if given is not None:
-        warm.remember(given, tensors, call)
+        warm.remember(given, tensors, call, return_lse)
     return found
 
 

@@ -95,10 +95,10 @@ def flash_attn_varlen_func(
     plain = plain and k_descale is v_descale is None
     if plain and dropout_p == 0.0 and not return_attn_probs:
         longest = host_int(max_seqlen_q), host_int(max_seqlen_k)
-        given = (softmax_scale, causal, window_size, softcap, deterministic, num_splits, split_size,
-                 *longest)  # fmt: skip
+        given = ("varlen", softmax_scale, causal, window_size, softcap, deterministic, num_splits,
+                 split_size, *longest, return_lse)  # fmt: skip
         if (found := warm.again(given, tensors)) is not None:
-            return found if return_lse else found[0]
+            return found
     checks.is_tensor("cu_seqlens_q", cu_seqlens_q, 1)
     call = normalise(
         q, k, v, dropout_p=dropout_p, softmax_scale=softmax_scale, causal=causal,
@@ -113,7 +113,7 @@ def flash_attn_varlen_func(
     )  # fmt: skip
     found = attend(call, out=out, return_lse=return_lse, return_attn_probs=return_attn_probs)
     if given is not None:
-        warm.remember(given, tensors, call)
+        warm.remember(given, tensors, call, return_lse)
     return found
 
 

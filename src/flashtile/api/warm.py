@@ -3,25 +3,21 @@
 An eager call whose shapes, strides, alignment, scalars and switches were met before needs no
 checks, no plan and no operator: they depend on nothing else. What is left is to allocate the
 results and to launch, under an autograd function if an input requires grad.
-
-Tensors are compared by the guards that torch.compile puts before what it compiled: one call into
-C++, where to hash their metadata as Python objects took 5 us.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from operator import itemgetter
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from flashtile import config, ops
+from flashtile import guards, ops
 from flashtile.backends import replays
 from flashtile.backends.cache import NewTokens
-from flashtile.observers import hears_functions, unseen
+from flashtile.form import Form
+from flashtile.observers import unseen
 from flashtile.problem import Call, latent
 
 ALIKE = 4
@@ -29,58 +25,47 @@ ALIKE = 4
 
 _HASHED = frozenset((bool, int, float, str, type(None)))
 
-_guards: Any = getattr(torch._C._dynamo.guards, "TensorGuards", None)
+_guards = guards.TensorGuards
 
 
-class Warm(NamedTuple):
-    """A call that was made before."""
-
-    checked: Callable[[Sequence[Any]], tuple[Tensor, ...]]  # those of its tensors that differ
-    repeats: tuple[tuple[int, int], ...]  # places of the others, each beside that of its like
-    check: Callable[..., bool]  # types, sizes, strides, devices, grads, transforms and modes
-    alignment: list[int]
-    latent: bool | None  # whether v lies in k; None where it is as wide
-    switches: tuple[Any, ...]
-    run: Callable[..., tuple[Tensor, Tensor]]
-    form: ops.Form
-
-
-_kept: dict[Any, tuple[Warm, ...]] = {}
+_kept: dict[Any, tuple[Callable[..., Any], ...]] = {}
+_latest: dict[tuple[Any, ...], Callable[..., Any]] = {}  # of what was given besides tensors
 
 
 def again(given: tuple[Any, ...], tensors: Sequence[Tensor | None]) -> Any:
-    """(out, lse) if the call's like was met before, else None. `given` is what the user gave
-    besides tensors, `tensors` are in the order of the operator's arguments."""
-    if torch.compiler.is_compiling():
+    """The call's results if its like was met before, else None. `given` is what the user gave
+    besides tensors, after a name of the function; `tensors` are in the order of the operator's
+    arguments."""
+    if torch.compiler.is_dynamo_compiling():  # other tracers bring tensors or modes of their own
         return None
     try:
-        alike = _kept.get(_key(given, tensors))
-    except (AttributeError, TypeError):  # no tensor, or a list for a tuple, which has no hash
+        latest = _latest.get(given)
+    except TypeError:  # a list for a tuple, which has no hash
         return None
-    if alike is None:
+    if latest is None:
         return None
-    these: list[Any] = [x for x in tensors if x is not None]
-    switches = _switches(these[0])
+    found = latest(*tensors)
+    return _among_others(given, tensors) if found is None else found
+
+
+def _among_others(given: tuple[Any, ...], tensors: Sequence[Tensor | None]) -> Any:
+    """The results of a call unlike the latest one that was given the same."""
+    try:
+        alike = _kept.get(_key(given, tensors), ())
+    except (AttributeError, TypeError):  # no tensor
+        return None
     for known in alike:
-        if known.switches == switches and _fits(known, tensors):
-            return ops.attend_again(known.run, known.form, these)
+        if (found := known(*tensors)) is not None:
+            _latest[given] = known
+            return found
     return None
-
-
-def _fits(known: Warm, tensors: Sequence[Any]) -> bool:
-    checked = known.checked(tensors)
-    return (
-        known.check(*checked)
-        and known.alignment == _alignment(checked)
-        and not (known.repeats and any(tensors[i] is not tensors[j] for i, j in known.repeats))
-        and (known.latent is None or known.latent == latent(tensors[1], tensors[2]))
-    )
 
 
 def remember(
     given: tuple[Any, ...],
     tensors: Sequence[Tensor | None],
     call: Call,
+    return_lse: bool,
     new: NewTokens | None = None,
 ) -> None:
     """Let calls like one that has just succeeded lead to its replay, if nobody was there to see it
@@ -89,7 +74,7 @@ def remember(
     q, k, v = call.operands[:3]
     if not (ops.classifies(q.device.type) and _guards and unseen(tensors)) or _cast(q, k, v):
         return
-    form, those = ops.Form.of(call.flat())
+    form, those = Form.of(call.flat())
     kind = ops.kind_of_forward(form)
     if new is not None:
         kind, those = ops.kind_of_cache(form, new), [*those, *new.tensors()]
@@ -103,37 +88,40 @@ def remember(
         return
     if len(_kept) >= replays.CAPACITY:
         _kept.clear()
-    key, known = _key(given, tensors), _warm(tensors, run, form)
+        _latest.clear()
+    key, known = _key(given, tensors), _written(tensors, run, form, return_lse)
     _kept[key] = (known, *_kept.get(key, ()))[:ALIKE]
+    _latest[given] = known
 
 
-def _warm(tensors: Sequence[Any], run: Callable[..., Any], form: ops.Form) -> Warm:
-    first = [next(j for j, y in enumerate(tensors) if y is x) for x in tensors]
-    checked = itemgetter(*(i for i, x in enumerate(tensors) if x is not None and first[i] == i))
-    repeats = tuple((i, j) for i, j in enumerate(first) if tensors[i] is not None and i != j)
-    guards = _guards(*checked(tensors), dynamic_dims_sizes=None, dynamic_dims_strides=None)
+def _written(
+    tensors: Sequence[Any], run: Callable[..., Any], form: Form, return_lse: bool
+) -> Callable[..., Any]:
+    """A function for calls like one of these tensors: their results, or None for any other."""
     q, k, v, *_ = tensors
-    shares = latent(k, v) if v.shape[-1] < k.shape[-1] else None
-    return Warm(checked, repeats, guards.check, _alignment(checked(tensors)), shares,
-                _switches(q), run, form)  # fmt: skip
+    tests = ["ops.plan is plan"]
+    if _autocast(q) is not None:
+        tests.append(f"autocast({q.device.type!r}) is {_autocast(q)}")
+    if v.shape[-1] < k.shape[-1]:
+        tests.append(f"latent(t1, t2) is {latent(k, v)}")
+    recording = ops.recording([x for x in tensors if x is not None])
+
+    def result(these: str, addresses: str) -> str:
+        if recording is not None:
+            return f"record(run, left, ({addresses}, ), {return_lse}, {these})"
+        return f"run({these}, {addresses})" + ("" if return_lse else "[0]")
+
+    names = {
+        "ops": ops, "plan": ops.plan, "torch": torch, "autocast": torch.get_autocast_dtype,
+        "latent": latent, "run": run, "record": recording, "left": ops.Recorded(form, kept=True),
+    }  # fmt: skip
+    return guards.written(tensors, result, tests, names)
 
 
 def _key(given: tuple[Any, ...], tensors: Sequence[Any]) -> tuple[Any, ...]:
     """Part of what a call depends on: enough to find the few like it."""
     q, k = tensors[0], tensors[1]
     return given, q.shape, k.shape, q.dtype, *map(type, tensors)
-
-
-def _alignment(tensors: Sequence[Tensor]) -> list[int]:
-    return [address & 15 for address in map(Tensor.data_ptr, tensors)]
-
-
-def _switches(q: Tensor) -> tuple[Any, ...]:
-    """What a call depends on besides its arguments."""
-    return (
-        ops.plan, *replays.switches(), config.checked, forward_ad._current_level,
-        hears_functions(), _autocast(q), torch.cuda.current_device() if q.is_cuda else None,
-    )  # fmt: skip
 
 
 def _autocast(q: Tensor) -> torch.dtype | None:

@@ -23,9 +23,10 @@ def counters(kind: str, device: int, count: int) -> Tensor:
     """
     if kind != "cuda":
         return torch.zeros(count, dtype=torch.int32, device=kind)
-    if torch._C._cuda_isCurrentStreamCapturing():
+    stream = torch._C._cuda_getCurrentRawStream(device)
+    if stream != 0 and torch._C._cuda_isCurrentStreamCapturing():  # CUDA captures no default stream
         return _take(device, count)
-    key = device, torch._C._cuda_getCurrentRawStream(device), count
+    key = device, stream, count
     found = _of_stream.get(key)
     if found is None:
         if (device, count) not in _spare:

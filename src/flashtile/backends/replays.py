@@ -5,9 +5,9 @@ Plan, views, variants and Triton's binding of arguments are most of the host tim
 of a kind is taped: what it makes, what it launches, and where its tensors stand in that. Later
 calls run the tape with their own tensors, as a function written for it:
 
-    def replay(t0, t1, t2):
+    def replay(t0, t1, t2, p0, p1, p2):
         t3 = c0()
-        p0 = t0.data_ptr()
+        p3 = t3.data_ptr()
         ...
         (c1 if c2.calls or c3.calls else c4)(c5, 1, 1, ..., (p0, c6, c7), ..., (p3, c8, c9), ...)
         return (t3, )
@@ -78,7 +78,7 @@ def run(
     key = key_of(kind, tensors)
     again = _replays.get(key)
     if again is not None:
-        return again(*tensors)
+        return again(*tensors, *map(Tensor.data_ptr, tensors))
     if not CAPACITY or key in _replays:
         return compute(tensors)
     # A tensor in two places is two tensors, since in the next call it may be.
@@ -132,7 +132,9 @@ class Tape:
     def __init__(self, given: Sequence[Tensor]) -> None:
         self._tensors = list(given)  # alive, so that no other tensor gets the id of one of them
         self._names = {id(x): f"t{i}" for i, x in enumerate(given)}
-        self._head = f"def replay({', '.join(self._names.values())}):"
+        names = [*self._names.values(), *(f"p{i}" for i in range(len(given)))]
+        self._head = f"def replay({', '.join(names)}):"
+        self._given = len(given)
         self._lines: list[str] = []
         self._constants: dict[str, Any] = {}
         self._foreign = False  # whether it met a tensor from nowhere
@@ -163,7 +165,7 @@ class Tape:
         if self._foreign:
             return None
         source = "\n    ".join((self._head, *self._lines, f"return ({written})"))
-        exec(_compiled(source), self._constants)
+        exec(compiled(source), self._constants)
         return self._constants["replay"]
 
     def _name(self, x: Tensor) -> str:
@@ -172,9 +174,10 @@ class Tape:
 
     def _address(self, x: Tensor) -> str:
         """A name of a tensor's address, which is asked for once: it takes 0.2 us."""
-        address = self._name(x).replace("t", "p")
-        line = f"{address} = {self._name(x)}.data_ptr()"
-        if line not in self._lines:
+        name = self._name(x)
+        address = name.replace("t", "p")
+        line = f"{address} = {name}.data_ptr()"
+        if not any(x is y for y in self._tensors[: self._given]) and line not in self._lines:
             self._lines.append(line)
         return address
 
@@ -203,7 +206,7 @@ class ByAddress:
 
 
 @lru_cache(maxsize=256)
-def _compiled(source: str) -> CodeType:
+def compiled(source: str) -> CodeType:
     """Calls of one kind share their source: only their constants differ."""
     return compile(source, "<flashtile replay>", "exec")
 

@@ -104,6 +104,7 @@ def interpreted(
         patch.object(replays, "CAPACITY", capacity),
         patch.object(replays, "_replays", {}),
         patch.object(warm, "_kept", {}),
+        patch.object(warm, "_latest", {}),
         patch.object(ops, "classifies", lambda device_type: True),
         patch.object(interpreter.InterpretedFunction, "__call__", _patching_once(interpreter)),
         patch.object(interpreter.interpreter_builder, "options", options),
