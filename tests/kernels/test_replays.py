@@ -512,6 +512,30 @@ def test_a_descriptor_is_rebuilt_around_another_tensor() -> None:
         assert None not in replays._replays.values()
 
 
+def _workspace(tensors: Any, kernel: _Kernel) -> tuple[Tensor]:
+    first, none, second = replays.workspace(
+        tensors[0], ((3, 2), torch.float32), None, ((5,), torch.int32)
+    )
+    assert none is None
+    launch.run(launch.Launch(kernel, 1, (first, (second, 7), tensors[0])))
+    return (replays.make(torch.neg, tensors[0]),)
+
+
+def test_a_workspace_is_allocated_at_once() -> None:
+    kernel = _Kernel()
+    with interpreted(capacity=64):
+        for _ in range(2):
+            replays.run("test", (torch.ones(4),), lambda x: _workspace(x, kernel))
+        assert None not in replays._replays.values()
+    assert len(kernel.seen) == 2
+    for first, (second, _), _ in kernel.seen:
+        assert (first.shape, first.dtype) == ((3, 2), torch.float32)
+        assert (second.shape, second.dtype) == ((5,), torch.int32)
+        assert first.is_contiguous()
+        assert first.untyped_storage().data_ptr() == second.untyped_storage().data_ptr()
+        assert second.data_ptr() == first.data_ptr() + replays.APART
+
+
 @pytest.mark.parametrize("scratch", [0, 64, None], ids=["", "scratch memory", "another Triton"])
 def test_a_compiled_kernel_takes_addresses(
     scratch: int | None, monkeypatch: pytest.MonkeyPatch

@@ -12,7 +12,7 @@ from flashtile.backends import hopper_decode, operands
 from flashtile.backends.hopper import MOST_UNIT
 from flashtile.backends.launch import Launch, processors, run
 from flashtile.backends.operands import as_bytes, row_view, token_view
-from flashtile.backends.replays import empty, make
+from flashtile.backends.replays import empty, make, workspace
 from flashtile.decode_tiles import DecodeConfig
 from flashtile.kernels import combine, widen
 from flashtile.kernels import decode as kernels
@@ -135,11 +135,11 @@ def _work(
     shape = slots, rows
     return grid, kernels.Work(
         opaque(grid), opaque(kv_heads), opaque(rows),
-        kernels.Parts(
-            empty(shape, q, torch.float32), empty(shape, q, torch.float32),
-            empty((*shape, tile.padded_v), q, torch.float32),
-            empty((slots, 4), q, torch.int32), empty((1,), q, torch.int64),
-        ),
+        kernels.Parts(*workspace(
+            q, (shape, torch.float32), (shape, torch.float32),
+            ((*shape, tile.padded_v), torch.float32), ((slots, 4), torch.int32),
+            ((1,), torch.int64),
+        )),
         cut, None if size is None else opaque(size),
         _widening(call, nvidia),
     )  # fmt: skip

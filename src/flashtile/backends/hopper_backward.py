@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from flashtile.backends import operands, triton
+from flashtile.backends import operands, replays, triton
 from flashtile.backends.launch import Launch, processors, run
 from flashtile.backends.operands import row_view, token_view
 from flashtile.backends.replays import empty, make
@@ -101,12 +101,13 @@ def _sum_of_parts(x: Tensor, parts: int) -> Tensor:
 
 def workspace(call: Call, tile: HopperBackwardTile, like: Tensor) -> Workspace:
     blocks = triton.query_grid(call, tile.block_m)
-    return Workspace(
-        empty((2 * blocks, tile.block_m), like),
-        empty((blocks * tile.block_m * tile.padded // 256, 256), like),
-        empty((1,), like, torch.int32) if tile.persistent else None,
-        empty((blocks,), like, torch.int32) if tile.adds != "in any order" else None,
-    )
+    return Workspace(*replays.workspace(
+        like,
+        ((2 * blocks, tile.block_m), torch.float32),
+        ((blocks * tile.block_m * tile.padded // 256, 256), torch.float32),
+        ((1,), torch.int32) if tile.persistent else None,
+        ((blocks,), torch.int32) if tile.adds != "in any order" else None,
+    ))  # fmt: skip
 
 
 def prepare_launch(

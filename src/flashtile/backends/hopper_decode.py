@@ -12,7 +12,7 @@ from flashtile.backends.counters import counters
 from flashtile.backends.hopper import key_maps
 from flashtile.backends.launch import Launch, processors
 from flashtile.backends.operands import row_view, token_view
-from flashtile.backends.replays import empty, make
+from flashtile.backends.replays import make, workspace
 from flashtile.backends.tensormaps import mapped
 from flashtile.hopper_decode_tiles import PROGRAMS_PER_SM, HopperDecodeTile
 from flashtile.kernels.hopper import decode as kernels
@@ -38,10 +38,6 @@ def _work(call: Call, tile: HopperDecodeTile, grid: int) -> kernels.Work:
     q, kv_heads = call.operands.q, call.operands.k.shape[-2]
     rows = min(tile.block_m, call.seqlen_q * q.shape[-2] // kv_heads)
     counter = make(partial(counters, q.device.type, q.get_device(), grid))
-    return kernels.Work(
-        opaque(kv_heads),
-        Parts(
-            empty((rows, 2 * grid, tile.padded_v), q, torch.float32),
-            empty((rows, 2 * grid), q, torch.float32), opaque(rows), counter,
-        ),
-    )  # fmt: skip
+    shape = rows, 2 * grid
+    outs, lses = workspace(q, ((*shape, tile.padded_v), torch.float32), (shape, torch.float32))
+    return kernels.Work(opaque(kv_heads), Parts(outs, lses, opaque(rows), counter))

@@ -17,10 +17,12 @@ Values of tensors are never looked at, so none can be kept by mistake.
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from itertools import accumulate
 from types import CodeType
 from typing import Any
 
@@ -31,6 +33,9 @@ from flashtile import config
 
 CAPACITY = 4096
 """Calls that are kept; 0 keeps none."""
+
+APART = 512
+"""Bytes that parts of a workspace start at multiples of, as allocations do."""
 
 Key = tuple[Any, ...]
 _replays: dict[Key, Any] = {}
@@ -116,6 +121,26 @@ def empty(shape: Sequence[int], like: Tensor, dtype: torch.dtype | None = None) 
     return found
 
 
+def workspace(like: Tensor, *parts: tuple[Sequence[int], torch.dtype] | None) -> list[Any]:
+    """Contiguous tensors of these shapes and dtypes on `like`'s device, or None, in memory that is
+    allocated at once, where each would take 2.5 us of a slow host. Only kernels get them."""
+    sizes = [0 if part is None else math.prod(part[0]) * part[1].itemsize for part in parts]
+    ends = list(accumulate(-(-size // APART) * APART for size in sizes))
+    memory = empty((ends[-1],), like, torch.uint8)
+    found: list[Tensor | None] = [None] * len(parts)
+    for i, (part, place) in enumerate(zip(parts, (0, *ends), strict=False)):
+        if part is not None:
+            view = partial(_part, shape=tuple(part[0]), dtype=part[1], place=place)
+            found[i] = x = view(memory)
+            if (tape := taping()) is not None:
+                tape.lies_in(x, memory, place, view)
+    return found
+
+
+def _part(memory: Tensor, shape: tuple[int, ...], dtype: torch.dtype, place: int) -> Tensor:
+    return memory[place : place + math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
+
+
 def _allocation(x: Tensor) -> Callable[[], Tensor]:
     """How to allocate such a tensor on the current device."""
     filled = torch.are_deterministic_algorithms_enabled()  # torch.empty may fill memory with NaN
@@ -137,6 +162,7 @@ class Tape:
         self._given = len(given)
         self._lines: list[str] = []
         self._constants: dict[str, Any] = {}
+        self._parts: dict[int, tuple[Any, ...]] = {}  # tensors that lie in another
         self._foreign = False  # whether it met a tensor from nowhere
 
     def constant(self, x: Any) -> str:
@@ -155,6 +181,11 @@ class Tape:
             self._tensors.append(x)
             self._lines.append(f"{name} = {self.constant(function)}({arguments})")
 
+    def lies_in(self, x: Tensor, memory: Tensor, place: int, view: Callable[..., Tensor]) -> None:
+        """x is view(memory), and begins `place` bytes from there: replays make the view only if
+        more than its address is asked for."""
+        self._parts[id(x)] = x, memory, place, view
+
     def launched(self, start: str, arguments: tuple[Any, ...], pointers: bool) -> None:
         """A launch: `start` is source up to the kernel's arguments, tensors or their addresses."""
         self._lines.append(start + ", ".join(self._written(x, pointers) for x in arguments) + ")")
@@ -169,17 +200,29 @@ class Tape:
         return self._constants["replay"]
 
     def _name(self, x: Tensor) -> str:
+        if id(x) not in self._names and id(x) in self._parts:
+            _, memory, _, view = self._parts[id(x)]
+            self.made(x, view, (memory,))
         self._foreign |= id(x) not in self._names
         return self._names.get(id(x), "t")
 
+    def _place(self, x: Tensor) -> tuple[Tensor, int]:
+        """The tensor in whose memory x lies, and how far from its start."""
+        _, memory, place, _ = self._parts.get(id(x), (x, x, 0, None))
+        return memory, place
+
     def _address(self, x: Tensor) -> str:
-        """A name of a tensor's address, which is asked for once: it takes 0.2 us."""
-        name = self._name(x)
+        """Source of a tensor's address, which is asked for once: it takes 0.2 us."""
+        memory, place = self._place(x)
+        name = self._name(memory)
         address = name.replace("t", "p")
-        line = f"{address} = {name}.data_ptr()"
-        if not any(x is y for y in self._tensors[: self._given]) and line not in self._lines:
+        if not any(memory is y for y in self._tensors[: self._given]):
+            self._once(f"{address} = {name}.data_ptr()")
+        return f"{address} + {place}" if place else address
+
+    def _once(self, line: str) -> None:
+        if line not in self._lines:
             self._lines.append(line)
-        return address
 
     def _written(self, x: Any, pointers: bool) -> str:
         """Source of a kernel's argument: a tensor, a tuple, a descriptor, or a constant."""
