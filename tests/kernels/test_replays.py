@@ -25,7 +25,7 @@ from triton.backends.nvidia import driver as nvidia
 import flashtile
 from flashtile import config, flash_attn_func, flash_attn_varlen_func, ops
 from flashtile.api import warm
-from flashtile.backends import launch, replays, triton
+from flashtile.backends import driver, launch, packed, replays, triton
 from flashtile.testing import Case, assert_matches_reference
 from flashtile.testing.cases import Problem
 from flashtile.testing.interpreter import interpreted
@@ -534,6 +534,58 @@ def test_a_workspace_is_allocated_at_once() -> None:
         assert first.is_contiguous()
         assert first.untyped_storage().data_ptr() == second.untyped_storage().data_ptr()
         assert second.data_ptr() == first.data_ptr() + replays.APART
+
+
+def _compiled(monkeypatch: pytest.MonkeyPatch) -> tuple[Any, list[Any]]:
+    """A kernel without scratch memory, and what its launcher in C got."""
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda _: 5, raising=False)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    launches: list[Any] = []
+    run = MagicMock(launch_cooperative_grid=False, launch_pdl=False)
+    run.launch = MagicMock(side_effect=lambda *a: launches.append(a))
+    run.global_scratch_size = run.profile_scratch_size = 0
+    del run.arg_annotations
+    compiled = SimpleNamespace(run=run, function=1, packed_metadata=2, launch_metadata=lambda *a: a)
+    return compiled, launches
+
+
+def test_the_driver_launches_and_triton_if_it_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a thread without a context, and where a profiler listens or has a hook of its own. Another
+    error is raised."""
+    compiled, launches = _compiled(monkeypatch)
+    results, driven = iter((0, 201, 700)), []  # type: ignore[var-annotated]
+
+    def start(*a: Any) -> int:
+        driven.append(a)
+        return next(results)
+
+    monkeypatch.setattr(packed, "packing", lambda *_: (start, "how"))
+    monkeypatch.setattr(packed, "packed", lambda *a: a)
+    monkeypatch.setattr(driver, "_said", lambda by, result: f"{by} of {result}")
+    kernel, x = _Kernel(compiled), torch.ones(4)
+
+    def again() -> None:
+        replays.run("test", (x,), lambda x: _workspace(x, kernel))
+
+    with interpreted(capacity=64):
+        for expected in (0, 0, 1):
+            again()
+            assert len(launches) == expected
+        (arguments,) = launches
+        first, (second, seven), last = arguments[13:]
+        assert (second, seven, last) == (first + replays.APART, 7, x.data_ptr())
+        assert [a[:1] + a[2:] for a in driven] == [("how", x.data_ptr(), 5)] * 2
+        assert driven[1][1] == first
+        with pytest.raises(RuntimeError, match="cuGetErrorName of 700"):
+            again()
+        assert (len(driven), len(launches)) == (3, 1)
+        with patch.object(knobs.runtime.launch_exit_hook, "calls", [print]):
+            again()
+        monkeypatch.setattr(knobs.runtime, "launch_enter_hook", print)
+        again()
+        assert len(driven) == 3
+        compiled.run.assert_called()
+        assert compiled.run.call_args.args[7] is print
 
 
 @pytest.mark.parametrize("scratch", [0, 64, None], ids=["", "scratch memory", "another Triton"])

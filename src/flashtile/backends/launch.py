@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from copy import copy
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from types import FunctionType
 from typing import Any, NamedTuple
@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 from triton import knobs
 
+from flashtile.backends import driver, packed
 from flashtile.backends.jitcache import launch_healing
 from flashtile.backends.replays import ByAddress, Tape, rebased, taping
 
-MAPS = 64
-"""TMA maps that are kept for each argument of a kernel: an allocator gives the same addresses again
-and again."""
+MAPS = 8192
+"""TMA maps that are kept, of 600 bytes each: an allocator gives the same addresses again and
+again."""
 
 
 class Launch(NamedTuple):
@@ -52,6 +53,7 @@ def run(launch: Launch) -> None:
     """Launch on the current stream. An empty grid is no launch."""
     if launch.grid == 0:
         return
+    driver.enter()
     start = partial(launch.kernel[(launch.grid,)], **launch.options)
     compiled = launch_healing(lambda: start(*launch.arguments), launch.kernel)
     if (tape := taping()) is None:
@@ -70,23 +72,41 @@ def _tape_compiled(tape: Tape, launch: Launch, compiled: Any) -> None:
     """
     run, expanded = _with_maps(compiled.run, launch.arguments)
     quick, besides = _without_scratch(run)
-    hooks, grid, last = knobs.runtime, (launch.grid, 1, 1), 5 + len(besides)
+    grid, last = (launch.grid, 1, 1), 5 + len(besides)
 
     def heard(*arguments: Any) -> None:
         metadata = compiled.launch_metadata(grid, arguments[3])
-        listeners = hooks.launch_enter_hook, hooks.launch_exit_hook
+        listeners = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
         run(*arguments[:5], arguments[last], metadata, *listeners, *arguments[last + 4 :])
 
-    c = tape.constant
-    before, after = c(hooks.launch_enter_hook), c(hooks.launch_exit_hook)
-    start = f"({c(heard)} if {before}.calls or {after}.calls else {c(quick)})"
+    c, listened = tape.constant, _listened(tape)
+    start = f"({c(heard)} if {listened} else {c(quick)})"
     # The stream's handle as Triton's own launcher asks for it, 2 us sooner.
-    stream = f"{c(torch._C._cuda_getCurrentRawStream)}({torch.cuda.current_device()})"
+    stream = tape.stream(torch._C._cuda_getCurrentRawStream, torch.cuda.current_device())
     kernel = ", ".join(map(c, (compiled.function, *besides, compiled.packed_metadata)))
+    memory = tape.memory(expanded)
+    places = packed.Places(memory, tape.place)
+    direct = packed.packing(compiled, run, launch.grid, expanded, places) if besides else None
+    unless = ""
+    if direct is not None:
+        addresses = "".join(f"{tape.address(x)}, " for x in memory)
+        start_driver, how = map(c, direct)
+        driven = f"{start_driver}(*{c(packed.packed)}({how}, {addresses}{stream}))"
+        unless = f"if {listened} or (result := {driven}) and {c(driver.refused)}(result): "
     tape.launched(
-        f"{start}({c(launch.grid)}, 1, 1, {stream}, {kernel}, None, None, None, ", expanded,
+        f"{unless}{start}({c(launch.grid)}, 1, 1, {stream}, {kernel}, None, None, None, ", expanded,
         pointers=True,
     )  # fmt: skip
+
+
+def _listened(tape: Tape) -> str:
+    """Source of whether somebody listens to launches, or has put another hook in its place."""
+    c, tests = tape.constant, []
+    for name in ("launch_enter_hook", "launch_exit_hook"):
+        hook = getattr(knobs.runtime, name)
+        calls = f"{c(hook)}.calls" if hasattr(hook, "calls") else "True"
+        tests.append(f"{c(knobs.runtime)}.{name} is not {c(hook)} or {calls}")
+    return tape.once("listened", " or ".join(tests))
 
 
 def _without_scratch(run: Any) -> tuple[Any, tuple[Any, ...]]:
@@ -119,7 +139,9 @@ def _with_maps(run: Any, arguments: tuple[Any, ...]) -> tuple[Any, tuple[Any, ..
     quick, following = copy(run), iter(metadata)
     quick.launch = launcher
     expanded = tuple(
-        ByAddress(x.base, _maps(x, next(following))) if any(x is y for y in descriptors) else x
+        ByAddress(x.base, _Maps(rebased(x, None), next(following)))
+        if any(x is y for y in descriptors)
+        else x
         for x in arguments
     )
     try:  # Triton's function has other arguments from 3.8 on
@@ -131,17 +153,23 @@ def _with_maps(run: Any, arguments: tuple[Any, ...]) -> tuple[Any, tuple[Any, ..
     return quick, expanded
 
 
-def _maps(descriptor: Any, metadata: Any) -> Callable[[int], tuple[Any, ...]]:
+@dataclass(frozen=True, eq=False)
+class _Maps:
     """From an address to what the kernel takes for a descriptor of the tensor there."""
+
+    like: Any  # a descriptor without a tensor
+    metadata: Any
+
+    def __call__(self, address: int) -> tuple[Any, ...]:
+        return _encoded(self, address)
+
+
+@lru_cache(maxsize=MAPS)
+def _encoded(maps: _Maps, address: int) -> tuple[Any, ...]:
     from triton.backends.nvidia.driver import make_tensordesc_arg  # noqa: PLC0415, not on AMD
 
-    like = rebased(descriptor, None)
-
-    @lru_cache(maxsize=MAPS)
-    def encoded(address: int) -> tuple[Any, ...]:
-        return tuple(make_tensordesc_arg(rebased(like, _Address(address)), metadata))
-
-    return encoded
+    driver.enter()
+    return tuple(make_tensordesc_arg(rebased(maps.like, _Address(address)), maps.metadata))
 
 
 class _Address(int):

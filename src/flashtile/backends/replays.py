@@ -7,9 +7,11 @@ calls run the tape with their own tensors, as a function written for it:
 
     def replay(t0, t1, t2, p0, p1, p2):
         t3 = c0()
+        listened = ...
+        stream = current(0)
         p3 = t3.data_ptr()
-        ...
-        (c1 if c2.calls or c3.calls else c4)(c5, 1, 1, ..., (p0, c6, c7), ..., (p3, c8, c9), ...)
+        if listened or (result := c1(*c2(c3, p0, p1, p2, p3, stream))) and c4(result):
+            (c5 if listened else c6)(c7, 1, 1, stream, ..., (p0, c8, c9), ...)
         return (t3, )
 
 Values of tensors are never looked at, so none can be kept by mistake.
@@ -206,30 +208,49 @@ class Tape:
         self._foreign |= id(x) not in self._names
         return self._names.get(id(x), "t")
 
-    def _place(self, x: Tensor) -> tuple[Tensor, int]:
+    def place(self, x: Tensor) -> tuple[Tensor, int]:
         """The tensor in whose memory x lies, and how far from its start."""
         _, memory, place, _ = self._parts.get(id(x), (x, x, 0, None))
         return memory, place
 
-    def _address(self, x: Tensor) -> str:
+    def address(self, x: Tensor) -> str:
         """Source of a tensor's address, which is asked for once: it takes 0.2 us."""
-        memory, place = self._place(x)
+        memory, place = self.place(x)
         name = self._name(memory)
         address = name.replace("t", "p")
         if not any(memory is y for y in self._tensors[: self._given]):
-            self._once(f"{address} = {name}.data_ptr()")
+            self.once(address, f"{name}.data_ptr()")
         return f"{address} + {place}" if place else address
 
-    def _once(self, line: str) -> None:
-        if line not in self._lines:
-            self._lines.append(line)
+    def stream(self, current: Callable[[int], int], device: int) -> str:
+        """A name of the current stream's handle."""
+        self._constants["current"] = current
+        return self.once("stream", f"current({device})")
+
+    def memory(self, arguments: Any) -> list[Tensor]:
+        """The tensors in whose memory those of a kernel's arguments lie, each once."""
+        found: dict[int, Tensor] = {}
+        for x in arguments:
+            if isinstance(x, tuple):
+                found.update((id(y), y) for y in self.memory(x))
+            elif isinstance(y := getattr(x, "base", x), Tensor):
+                y, _ = self.place(y)
+                found[id(y)] = y
+        return list(found.values())
+
+    def once(self, name: str, value: str) -> str:
+        """The name of what a replay asks for once; value: its source. All its own lines have that
+        name in common, so that the first is every one's."""
+        if not any(line.startswith(f"{name} = ") for line in self._lines):
+            self._lines.append(f"{name} = {value}")
+        return name
 
     def _written(self, x: Any, pointers: bool) -> str:
         """Source of a kernel's argument: a tensor, a tuple, a descriptor, or a constant."""
         if isinstance(x, Tensor):
-            return self._address(x) if pointers else self._name(x)
+            return self.address(x) if pointers else self._name(x)
         if isinstance(x, ByAddress):
-            return f"*{self.constant(x.find)}({self._address(x.base)})"
+            return f"*{self.constant(x.find)}({self.address(x.base)})"
         if isinstance(x, tuple) and any(map(_holds_tensor, x)):
             inside = "".join(f"{self._written(y, pointers)}, " for y in x)
             # A compiled kernel takes any tuple, the interpreter looks up fields.
@@ -242,7 +263,7 @@ class Tape:
 
 @dataclass(frozen=True)
 class ByAddress:
-    """Arguments of a kernel that follow from a tensor's address."""
+    """Arguments of a kernel that follow from a tensor's address: a TMA map, shape and strides."""
 
     base: Tensor
     find: Callable[[int], tuple[Any, ...]]
