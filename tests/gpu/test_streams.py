@@ -5,14 +5,19 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import replace
+from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 from torch import Tensor
 
 from flashtile import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
+from flashtile.api import warm
+from flashtile.backends import launch, packed, replays
 from flashtile.testing import CASES, Case, Results, run
 
 BF16 = torch.bfloat16
@@ -245,6 +250,21 @@ def test_a_graph_draws_a_new_dropout_mask_at_each_replay() -> None:
     assert not torch.equal(first, second)
 
 
+def test_a_graph_of_replays() -> None:
+    """Calls that have been replayed before, several to a graph, at the addresses of its pool: the
+    driver's launches are captured with the parameters that they had then."""
+    leaves = _leaves((1, 128, 8, 128), (1, 128, 8, 128), (1, 128, 8, 128))
+    dout = torch.randn(1, 128, 8, 128, device="cuda", dtype=BF16)
+    once = _with_gradients(flash_attn_func, leaves, dout, causal=True, deterministic=True)
+
+    def call() -> tuple[Tensor, ...]:
+        return *once(), *once()
+
+    for _ in range(3):
+        call()
+    _assert_replays(call, [lambda: leaves[0].detach().mul_(2.0), dout.neg_])
+
+
 def test_no_host_sync() -> None:
     """torch raises at a synchronising call: there is none, forward or backward."""
     problems = [BY_NAME[name].draw(3, BF16, "cuda") for name in (
@@ -292,3 +312,70 @@ def test_threads_compile_together() -> None:
     for thread, results in enumerate(found):
         for turn, result in enumerate(results):
             assert _same(result, expected[(turn + thread // 2) % 4])
+
+
+@pytest.mark.parametrize("new_addresses", [False, True])
+@pytest.mark.parametrize("replayed", [False, True])
+def test_a_thread_without_a_context(replayed: bool, new_addresses: bool) -> None:
+    """All its tensors come from PyTorch's cache: attention is the first in it that needs CUDA."""
+    leaves = _leaves(*[(1, 128, 8, 128)] * 3)
+    dout = torch.randn(1, 128, 8, 128, device="cuda", dtype=BF16)
+    call = _with_gradients(flash_attn_func, leaves, dout, deterministic=True)
+    expected, *_ = [call() for _ in range(3)]
+    if new_addresses:
+        packed.packed.cache_clear()
+        launch._encoded.cache_clear()
+    if not replayed:
+        for kept in (replays._replays, warm._kept, warm._latest):
+            kept.clear()
+    torch.cuda.synchronize()
+    with ThreadPoolExecutor(1) as pool:
+        found = pool.submit(call).result()
+    torch.cuda.synchronize()
+    assert all(map(torch.equal, found, expected))
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+@pytest.mark.parametrize("side", [False, True], ids=["one_stream", "a_stream_each"])
+def test_threads_replay_together(side: bool, gradients: bool) -> None:
+    """Eight threads make one kind of call a hundred times, each with tensors of its own."""
+
+    def draw() -> Callable[[], tuple[Tensor, ...]]:
+        leaves = _leaves(*[(2, 256, 4, 64)] * 3)
+        dout = torch.randn(2, 256, 4, 64, device="cuda", dtype=BF16)
+        if gradients:
+            return _with_gradients(flash_attn_func, leaves, dout, causal=True, deterministic=True)
+        x = [leaf.detach() for leaf in leaves]
+        return partial(flash_attn_func, *x, causal=True, return_lse=True)
+
+    calls = [draw() for _ in range(8)]
+    expected = [call() for call in calls]
+    torch.cuda.synchronize()
+    start = threading.Barrier(8)
+
+    def work(thread: int) -> bool:
+        with torch.cuda.stream(torch.cuda.Stream()) if side else nullcontext():
+            start.wait()
+            found = [calls[thread]() for _ in range(100)]
+            return all(all(map(torch.equal, results, expected[thread])) for results in found)
+
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(work, range(8))) == [True] * 8
+
+
+def test_a_launch_that_fails_is_an_error() -> None:
+    """In the call that made it, by the driver's name; the next call is right."""
+    x = [leaf.detach() for leaf in _leaves(*[(1, 128, 8, 128)] * 3)]
+    expected, *_ = [flash_attn_func(*x) for _ in range(3)]
+    with ExitStack() as broken:
+        for run_again in filter(None, replays._replays.values()):
+            names = run_again.__globals__
+            wrong = {
+                name: replace(how, shape=(*how.shape[:3], 4096, *how.shape[4:]))  # threads
+                for name, how in names.items()
+                if isinstance(how, packed.Packing)
+            }
+            broken.enter_context(patch.dict(names, wrong))
+        with pytest.raises(RuntimeError, match="CUDA driver: CUDA_ERROR_"):
+            flash_attn_func(*x)
+    assert torch.equal(flash_attn_func(*x), expected)
