@@ -78,7 +78,8 @@ def first_tile(row, tile, q_seq, k_seq, masks, TILE: gl.constexpr):
 
 @gluon.jit
 def wait_lock(lock, count):
-    """Wait until a lock stands at `count` or more, and see what was written before it did."""
+    """Wait until a lock stands at `count` or more; what TMA is told to do then comes after what was
+    written before it did. The fence is of global memory alone: the one of all is a membar.gpu."""
     gl.inline_asm_elementwise(
         """{
         .reg .pred early;
@@ -88,7 +89,7 @@ def wait_lock(lock, count):
         setp.lt.s32 early, found, $2;
         @early bra again;
         bar.warp.sync 0xffffffff;
-        fence.proxy.async;
+        fence.proxy.async.global;
         mov.b32 $0, found;
         }""", "=r,l,r", [lock, count], dtype=gl.int32, is_pure=False, pack=1,
     )  # fmt: skip
@@ -96,11 +97,11 @@ def wait_lock(lock, count):
 
 @gluon.jit
 def set_lock(lock, count):
-    """Wait until what TMA was told to add or store is in global memory, then set a lock."""
+    """Wait until what TMA was told to add or store is in global memory, which needs no fence of
+    proxies, then set a lock."""
     gl.inline_asm_elementwise(
         """{
         cp.async.bulk.wait_group 0;
-        fence.proxy.async;
         bar.warp.sync 0xffffffff;
         st.release.gpu.global.b32 [$1], $2;
         mov.b32 $0, 0;
