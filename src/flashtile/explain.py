@@ -58,7 +58,7 @@ class Explanation:
         if kernels is None:
             return []
         if self.plan.backend == "hopper":
-            reason = cannot_backward(p)
+            reason = cannot_backward(p, self.deterministic)
             if reason is None:
                 tile = backward_tile(p, self.deterministic)
                 text = f"{tile.block_m} queries x {tile.block_n} keys, dQ added {tile.adds}"

@@ -14,11 +14,14 @@ DIMS = (64, 128, 256)
 SHORT = 512
 """Keys up to which causal tiles have so little to do that clearing the sums of dQ counts."""
 
-MISSING = frozenset({
-    "attn_mask", "bias", "cache_batch_idx", "cache_leftpad", "document_ids", "dropout", "fp8_cache",
-    "mask_mod", "score_mod", "tree_mask",
-})  # fmt: skip
-"""Features that the kernel does not do yet."""
+MISSING = frozenset({"cache_batch_idx", "cache_leftpad", "fp8_cache", "tree_mask"})
+"""Features that the kernel does not do."""
+
+ADDED = frozenset({"bias", "float_mask"})
+"""Matrices that are added to the scores: 32 loads of 2 bytes in a step, 1.5 KB and more of spills."""
+
+LISTED = frozenset({"attn_mask", "document_ids"})
+"""Masks that lists of blocks come of."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,7 @@ class HopperBackwardTile:
         return keys + queries + douts + ds + dq
 
 
-def cannot_backward(problem: AttentionProblem) -> str | None:
+def cannot_backward(problem: AttentionProblem, deterministic: bool = False) -> str | None:
     """Why the kernel cannot do a problem whose forward the Hopper backend does, or None."""
     missing, reason = sorted(problem.features & MISSING), None
     head_dim, head_dim_v = problem.head_dim, problem.head_dim_v
@@ -69,6 +72,12 @@ def cannot_backward(problem: AttentionProblem) -> str | None:
         reason = "does not do paged sequences yet"
     elif missing:
         reason = f"does not do {missing[0]} yet"
+    elif added := sorted(problem.features & ADDED):
+        reason = f"has no registers for a {added[0]}"
+    elif deterministic and problem.features & LISTED:
+        reason = "adds dQ in order only where masks are ranges"
+    elif problem.features >= {"dropout", "score_mod"}:
+        reason = "does dropout only with slopes that are not below 0"
     elif "softcap" in problem.features and head_dim <= DIMS[0]:
         # 680 bytes of spills; 8.4 ms on an H200 at 16k where the portable kernels take 8.5.
         reason = f"has no registers for a softcap at head dims up to {DIMS[0]}"
@@ -101,6 +110,8 @@ def _schedule(problem: AttentionProblem, padded: int) -> dict[str, Any]:
     lags 512 is 192 (d64) and 230 / 214 (d128). skips beside lags: 3% for packed sequences at 64.
     """
     dense = problem.layout == "dense"
+    if problem.features & LISTED:
+        return {"lags": True, "persistent": dense}
     if problem.window_left < 0 and problem.window_right < 0:
         return {"lags": True, "persistent": dense}
     if dense and problem.seqlen_k <= SHORT:

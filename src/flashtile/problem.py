@@ -255,6 +255,8 @@ def _features(call: Call) -> frozenset[str]:
     }
     if operands.document_ids_q is not None:
         names.add("document_ids")
+    if operands.attn_mask is not None and operands.attn_mask.is_floating_point():
+        names.add("float_mask")  # beside "attn_mask"
     names |= {
         name
         for name in ("seqused_q", "seqused_k", "cache_batch_idx", "cache_leftpad")

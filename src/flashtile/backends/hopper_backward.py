@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from flashtile.backends import operands, replays, triton
+from flashtile.backends import blocklists, operands, replays, triton
 from flashtile.backends.launch import Launch, processors, run
 from flashtile.backends.operands import row_view, token_view
 from flashtile.backends.replays import empty, make
@@ -18,7 +18,7 @@ from flashtile.backends.torch import Gradients
 from flashtile.hopper_backward_tiles import HopperBackwardTile, backward_tile, cannot_backward
 from flashtile.kernels.forward import Heads
 from flashtile.kernels.hopper import backward as kernels
-from flashtile.kernels.hopper import layouts, prepare, query_gradients
+from flashtile.kernels.hopper import layouts, prepare, query_gradients, words
 from flashtile.kernels.hopper.key_tiles import KeyWork
 from flashtile.kernels.numbers import opaque
 from flashtile.plan import Plan
@@ -59,10 +59,12 @@ def backward(
     needs: tuple[bool, ...],
 ) -> Gradients:
     """The gradients asked for: needs is (q, k, v, bias, learnable_sink). What the kernel cannot do,
-    and calls that want a part of dQ, dK and dV, are the portable backend's."""
+    and calls that want dQ alone or only dK and dV, are the portable backend's."""
     problem, deterministic = describe(call), call.variant.deterministic
     empty_operand = 0 in (x.numel() for x in call.operands[:3])  # TMA has none
-    if empty_operand or not all(needs[:3]) or cannot_backward(problem) is not None:
+    # One of dQ alone, or without it, is one kernel of the portable backend's.
+    several = needs[0] and (needs[1] or needs[2])
+    if empty_operand or not several or cannot_backward(problem, deterministic) is not None:
         return triton.backward(call, plan, dout, dlse, out, lse, needs)
     q, dout = (mapped(x, ragged_q(call)) for x in (call.operands.q, dout))
     k, v = (mapped(x, ragged_k(call)) for x in call.operands[1:3])
@@ -74,6 +76,8 @@ def backward(
     parts = parts_of_groups(
         triton.key_grid(call, tile.block_n), problem.group, processors(q.device)
     )
+    if (codes := call.operands.mask_blocks) is not None and codes.shape[1] > 1:
+        parts = problem.group  # each head has lists of its own
     dq = empty(q.shape, q)
     dk, dv = (empty((*x.shape[:-2], x.shape[-2] * parts, x.shape[-1]), x) for x in (k, v))
     run(prepare_launch(call, tile, space, out, dout, lse, dlse, shares))
@@ -84,7 +88,7 @@ def backward(
     dsink = None
     if shares is not None and (logits := call.operands.learnable_sink) is not None:
         dsink = triton.sink_gradient(call, logits, shares)
-    return Gradients(dq, dk, dv, None, dsink)
+    return Gradients(dq, dk if needs[1] else None, dv if needs[2] else None, None, dsink)
 
 
 def parts_of_groups(tiles: int, group: int, processors: int) -> int:
@@ -115,12 +119,14 @@ def prepare_launch(
     dlse: Tensor | None, shares: Tensor | None,
 ) -> Launch:  # fmt: skip
     """Fill the workspace; this call's shares of dsink, if they are asked for."""
+    dropped = operands.dropouts(call, False)
     return Launch(
         prepare.prepare_backward, triton.query_grid(call, tile.block_m),
         (token_view(out), token_view(dout), row_view(lse),
          triton.gradient_rows(dlse), space,
          None if shares is None else call.operands.learnable_sink, shares,
-         operands.query_sequences(call), operands.arguments(call).heads, tile), _warps(tile),
+         operands.query_sequences(call), operands.arguments(call).heads,
+         dropped[0].rescale if dropped else None, tile), _warps(tile),
     )  # fmt: skip
 
 
@@ -136,12 +142,16 @@ def gradient_launch(
     values = [_map(x, ROWS, padded_v, ragged_k(call)) for x in (v, dv)]
     parts = dk.shape[-2] // k.shape[-2]
     work = _work(call, tile, parts)._replace(counter=space.counter, locks=space.locks)
+    variant = operands.variant(call, True, blocklists.by_keys(call))
+    variant = variant._replace(
+        dropouts=tuple(x._replace(multiply=words.multiply) for x in variant.dropouts)
+    )
     grid = triton.key_grid(call, tile.block_n) * parts
     return Launch(
         kernels.attention_backward, min(grid, processors(q.device)) if tile.persistent else grid,
         (queries[0], keys[0], values[0], queries[1], numbers_map(space.rows, 1),
          numbers_map(space.acc, 16), keys[1], values[1], (a.q_seq, a.k_seq),
-         operands.variant(call, True), a.scale, work, tile),
+         variant, a.scale, work, tile),
     )  # fmt: skip
 
 

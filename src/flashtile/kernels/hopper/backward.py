@@ -42,6 +42,7 @@ from flashtile.kernels.hopper.key_tiles import (
     start_walk,
 )
 from flashtile.kernels.hopper.query_gradients import add_shares, first_tile, open_places
+from flashtile.kernels.hopper.query_lists import open_list, open_lists, place_of, row_there
 from flashtile.kernels.hopper.scheduler import pinned
 from flashtile.kernels.hopper.stages import (
     EVERYBODY,
@@ -50,6 +51,7 @@ from flashtile.kernels.hopper.stages import (
     Inputs,
     KeySide,
 )
+from flashtile.kernels.hopper.walk import first_of, make_places
 from flashtile.kernels.hopper.wide_gradients import (
     keep_keys,
     start_columns,
@@ -69,34 +71,48 @@ class Outputs(NamedTuple):
 
 
 @gluon.jit
-def produce(inputs, side, blocks, queue, q_seq, k_seq, masks, work, TILE: gl.constexpr):
+def produce(inputs, side, blocks, places, queue, q_seq, k_seq, masks, lists, work,
+            TILE: gl.constexpr):  # fmt: skip
     """Find tiles; of each load keys and values once, and the blocks of queries."""
     tiles = pinned(work.key_tiles) * pinned(work.pairs)
     n, i, number = 0, 0, gl.program_id(0)
     while number < tiles:
-        tile = find_keys(work, number, q_seq, k_seq, masks, TILE)
+        tile = find_keys(work, number, q_seq, k_seq, masks, lists, TILE)
         number = following(work, number, tiles, TILE)
         if tile.key >= 0:
             queue.put(n, tile)
-            i = load_tile(inputs, side, blocks, tile, n, i, q_seq, k_seq, work, TILE)
+            i = load_tile(inputs, side, blocks, places, tile, n, i, q_seq, k_seq, lists, work,
+                          TILE)  # fmt: skip
             n += 1
     queue.put(n, KeyTile(0, 0, -1, 0, 0))
 
 
 @gluon.jit
-def load_tile(inputs, side, blocks, tile, n, i, q_seq, k_seq, work, TILE: gl.constexpr):
+def fill_queries(inputs, blocks, places, i, window, head, place, block, lists):
+    """Load the queries of a place as item i when its slot is free; with a list its place comes with
+    them."""
+    blocks.claim(i)
+    if lists is not None:
+        places.put(i, place)
+    blocks.fill_queries(i, inputs, window.batch, head, window.row + first_of(lists, place), block)
+
+
+@gluon.jit
+def load_tile(inputs, side, blocks, places, tile, n, i, q_seq, k_seq, lists, work,
+              TILE: gl.constexpr):  # fmt: skip
     """Load what the n-th tile takes, its queries as items i, i + 1, ...; the item after them."""
     q_span, k_span = open_sequence(q_seq, tile.batch), open_sequence(k_seq, tile.batch)
     q_window = open_window(inputs.q, q_seq, q_span, tile.batch, q_span.length)
     k_window = open_window(inputs.k, k_seq, k_span, tile.batch, k_span.length)
     base = first_block(work, q_seq, tile.batch, TILE)
+    schedule = open_list(lists, tile, work, k_seq, TILE)
     walk = start_walk(tile, work, TILE)
-    row = row_of(tile, walk, TILE)
-    block = block_of(row, walk, base, work, TILE)
+    place = place_of(lists, schedule, tile, walk, q_span, TILE)
+    block = block_of(row_there(lists, place, q_span, TILE), walk, base, work, TILE)
     steps = tile.blocks * pinned(work.heads.group)
     if n > 0:
         if steps > 0:  # while the tile before is worked on
-            blocks.fill_queries(i, inputs, q_window.batch, walk.head, q_window.row + row, block)
+            fill_queries(inputs, blocks, places, i, q_window, walk.head, place, block, lists)
         barriers.sync(TILE_DONE, EVERYBODY)
     PARTS: gl.constexpr = TILE.block_n // layouts.ROWS
     mbarrier.expect(side.full, PARTS * (bytes_of(inputs.k) + bytes_of(inputs.v)))
@@ -105,35 +121,38 @@ def load_tile(inputs, side, blocks, tile, n, i, q_seq, k_seq, work, TILE: gl.con
         load_rows(inputs.k, k_window.batch, kv_head, key + w * layouts.ROWS, side.full,
                   side.k.index(w))  # fmt: skip
     if n == 0 and steps > 0:
-        blocks.fill_queries(i, inputs, q_window.batch, walk.head, q_window.row + row, block)
+        fill_queries(inputs, blocks, places, i, q_window, walk.head, place, block, lists)
     for w in gl.static_range(PARTS):
         load_rows(inputs.v, k_window.batch, kv_head, key + w * layouts.ROWS, side.full,
                   side.v.index(w))  # fmt: skip
     for j in range(steps):
-        row = row_of(tile, walk, TILE)
-        block = block_of(row, walk, base, work, TILE)
+        place = place_of(lists, schedule, tile, walk, q_span, TILE)
+        block = block_of(row_there(lists, place, q_span, TILE), walk, base, work, TILE)
         if j > 0:
-            blocks.fill_queries(i, inputs, q_window.batch, walk.head, q_window.row + row, block)
-        blocks.fill_dout(i, inputs, q_window.batch, walk.head, q_window.row + row, block)
+            fill_queries(inputs, blocks, places, i, q_window, walk.head, place, block, lists)
+        row = q_window.row + first_of(lists, place)
+        blocks.fill_dout(i, inputs, q_window.batch, walk.head, row, block)
         walk = go_on(walk, tile, work, TILE)
         i += 1
     return i
 
 
 @gluon.jit
-def add_queries(dq, side, queue, q_seq, k_seq, masks, work, TILE: gl.constexpr):
+def add_queries(dq, side, queue, q_seq, k_seq, masks, lists, work, TILE: gl.constexpr):
     """Add the shares of dQ that the consumers hand over."""
     n = 0
     tile = queue.get(n, 1)
     while tile.key >= 0:
         mbarrier.wait(side.full, n & 1)  # nobody is in the tile before
         base = first_block(work, q_seq, tile.batch, TILE)
+        q_span, schedule = open_lists(lists, tile, work, q_seq, k_seq, TILE)
         walk = start_walk(tile, work, TILE)
         steps = tile.blocks * pinned(work.heads.group)
         if steps > 0:
             open_places()
         for j in range(steps):
-            row, before = row_of(tile, walk, TILE), 0
+            place, before = place_of(lists, schedule, tile, walk, q_span, TILE), 0
+            row = row_there(lists, place, q_span, TILE)
             block = block_of(row, walk, base, work, TILE)
             if TILE.adds != "in any order":
                 before = tile.key // TILE.block_n - first_tile(row, tile, q_seq, k_seq, masks, TILE)
@@ -161,25 +180,25 @@ def own_keys(tile, q_seq, k_seq, masks, WARPGROUP: gl.constexpr, TILE: gl.conste
 
 
 @gluon.jit
-def consume(outputs, side, blocks, queue, q_seq, k_seq, variant, scale, work,
+def consume(outputs, side, blocks, places, queue, q_seq, k_seq, variant, scale, work,
             WARPGROUP: gl.constexpr, TILE: gl.constexpr):  # fmt: skip
     """dK and dV of 64 keys of each tile."""
     n, i = 0, 0
     tile = queue.get(n, 4)
     if TILE.persistent:
         while tile.key >= 0:
-            i = consume_tile(outputs, side, blocks, queue, tile, n, i, q_seq, k_seq, variant, scale,
-                             work, WARPGROUP, TILE)  # fmt: skip
+            i = consume_tile(outputs, side, blocks, places, queue, tile, n, i, q_seq, k_seq,
+                             variant, scale, work, WARPGROUP, TILE)  # fmt: skip
             n += 1
             tile = queue.get(n, 4)
     elif tile.key >= 0:
-        consume_tile(outputs, side, blocks, queue, tile, n, i, q_seq, k_seq, variant, scale, work,
-                     WARPGROUP, TILE)  # fmt: skip
+        consume_tile(outputs, side, blocks, places, queue, tile, n, i, q_seq, k_seq, variant, scale,
+                     work, WARPGROUP, TILE)  # fmt: skip
 
 
 @gluon.jit
-def consume_tile(outputs, side, blocks, queue, tile, n, i, q_seq, k_seq, variant, scale, work,
-                 WARPGROUP: gl.constexpr, TILE: gl.constexpr):  # fmt: skip
+def consume_tile(outputs, side, blocks, places, queue, tile, n, i, q_seq, k_seq, variant, scale,
+                 work, WARPGROUP: gl.constexpr, TILE: gl.constexpr):  # fmt: skip
     """dK and dV of the n-th tile, whose queries are items i, i + 1, ...; the item after them."""
     keys = own_keys(tile, q_seq, k_seq, variant.masks, WARPGROUP, TILE)
     walk = start_walk(tile, work, TILE)
@@ -191,12 +210,16 @@ def consume_tile(outputs, side, blocks, queue, tile, n, i, q_seq, k_seq, variant
     else:
         grads = start_keys(steps, WARPGROUP, TILE)
     for j in range(steps):
-        row = row_of(tile, walk, TILE)
+        if variant.blocks is None:
+            place = row_of(tile, walk, TILE)
+        else:
+            blocks.wait_queries(i + j)
+            place = places.get(i + j)
         if TILE.wide:
             grads = wide_step(grads, side, kept, blocks, i + j, j + 1 < steps, keys, walk.head,
-                              row, variant, scale.log2, WARPGROUP, TILE)  # fmt: skip
+                              place, variant, scale.log2, WARPGROUP, TILE)  # fmt: skip
         else:
-            grads = gradient_step(grads, side, blocks, i + j, j, keys, walk.head, row, variant,
+            grads = gradient_step(grads, side, blocks, i + j, j, keys, walk.head, place, variant,
                                   scale.log2, WARPGROUP, TILE)  # fmt: skip
         walk = go_on(walk, tile, work, TILE)
     finish_queries(side, i + steps, steps, WARPGROUP, TILE)
@@ -257,10 +280,16 @@ def attention_backward(q, k, v, dout, rows, dq, dk, dv, sequences, variant, scal
     side = make_side(inputs, dq, TILE)
     blocks = make_blocks(inputs, TILE.slots, TILE.dout_slots)
     queue = make_queue()
+    places = ()
+    if variant.blocks is not None:
+        places = make_places(TILE.slots)
     fence_async_shared()
     gl.warp_specialize([
-        (consume, (outputs, side, blocks, queue, q_seq, k_seq, variant, scale, work, 0, TILE)),
-        (consume, (outputs, side, blocks, queue, q_seq, k_seq, variant, scale, work, 1, TILE)),
-        (produce, (inputs, side, blocks, queue, q_seq, k_seq, variant.masks, work, TILE)),
-        (add_queries, (dq, side, queue, q_seq, k_seq, variant.masks, work, TILE)),
+        (consume, (outputs, side, blocks, places, queue, q_seq, k_seq, variant, scale, work, 0,
+                   TILE)),
+        (consume, (outputs, side, blocks, places, queue, q_seq, k_seq, variant, scale, work, 1,
+                   TILE)),
+        (produce, (inputs, side, blocks, places, queue, q_seq, k_seq, variant.masks, variant.blocks,
+                   work, TILE)),
+        (add_queries, (dq, side, queue, q_seq, k_seq, variant.masks, variant.blocks, work, TILE)),
     ], [4, 1, 1], [TILE.registers, TILE.producer_registers, TILE.producer_registers])  # fmt: skip

@@ -11,7 +11,7 @@ from triton.experimental.gluon import language as gl
 
 from flashtile.kernels.dropout import drop
 from flashtile.kernels.hopper import layouts
-from flashtile.kernels.hopper.walk import first_key
+from flashtile.kernels.hopper.walk import first_of, needs_masks
 from flashtile.kernels.hopper.words import accumulator_numbers
 from flashtile.kernels.masks import (
     At,
@@ -97,7 +97,7 @@ def modify(s, variant, rows, place, LAST: gl.constexpr, TILE: gl.constexpr):
     """Score mods and masks of the block of keys at a place. Without masks only the LAST block,
     which comes first, may be partial."""
     BLOCK_N: gl.constexpr = TILE.block_n
-    first_k = first_key(variant.blocks, place)
+    first_k = first_of(variant.blocks, place)
     own, constants = block_columns(first_k, BLOCK_N)
     if len(variant.score_mods) > 0:
         here = _at_scores(variant, rows.at, first_k, own, constants, BLOCK_N)
@@ -110,7 +110,7 @@ def modify(s, variant, rows, place, LAST: gl.constexpr, TILE: gl.constexpr):
 @gluon.jit
 def mask_block(s, variant, rows, place, own, constants, BLOCK_N: gl.constexpr):
     """Masks, where the block is not seen as a whole by all rows."""
-    first_k = first_key(variant.blocks, place)
+    first_k = first_of(variant.blocks, place)
     if needs_masks(rows, place, first_k, variant.blocks, BLOCK_N):
         if _compares_positions(variant.masks):
             seen = _seen_between(variant.masks, rows.at, own, constants)
@@ -151,15 +151,6 @@ def _at_masks(variant, at, first_k, own, constants, BLOCK_N: gl.constexpr):
 
 
 @gluon.jit
-def needs_masks(rows, place, first_k, blocks, BLOCK_N: gl.constexpr):
-    """Whether the block is not seen as a whole by all rows."""
-    if blocks is None:
-        return (first_k < rows.full_lo) | (first_k + BLOCK_N > rows.full_hi)
-    else:
-        return (place & 1) != 0
-
-
-@gluon.jit
 def _count_keys_from(at, own, constants):
     """`at` with keys counted from each thread's own first column, the end of the keys included.
     A distance is then one addition of a constant, exact as long as fp32 has the row's from `own`:
@@ -172,7 +163,7 @@ def _count_keys_from(at, own, constants):
 def drop_block(p, dtype: gl.constexpr, variant, rows, place, TILE: gl.constexpr):
     """Dropout of a block's probabilities, after their sums, as the product takes them."""
     if len(variant.dropouts) > 0:
-        at, first_k = rows.at, layouts.opaque(first_key(variant.blocks, place))
+        at, first_k = rows.at, layouts.opaque(first_of(variant.blocks, place))
         here = At(at.batch, at.head, at.first_q, first_k, at.q_idx, 0, at.q, at.k)
         numbers = accumulator_numbers(variant.dropouts[0], here, TILE.block_n)
         p = drop(variant.dropouts[0], p.to(dtype), numbers)

@@ -41,7 +41,7 @@ from flashtile.kernels.hopper.softmax import (
     softmax_step,
     start_softmax,
 )
-from flashtile.kernels.hopper.walk import block_place, first_key, make_places, open_walk
+from flashtile.kernels.hopper.walk import block_place, first_of, make_places, open_walk
 from flashtile.kernels.masks import At, key_range
 from flashtile.kernels.views import Span, open_sequence, row_pointers
 
@@ -65,13 +65,13 @@ def fill_keys(source, ring, places, i, k, place, blocks, TILE: gl.constexpr):
     ring.claim(i)
     if blocks is not None:
         places.put(i, place)
-    load_block(source, ring, i, k, first_key(blocks, place), TILE.block_n, TILE.padded)
+    load_block(source, ring, i, k, first_of(blocks, place), TILE.block_n, TILE.padded)
 
 
 @gluon.jit
 def fill_values(source, ring, i, v, place, blocks, TILE: gl.constexpr):
     ring.claim(i)
-    load_block(source, ring, i, v, first_key(blocks, place), TILE.block_n, TILE.padded_v)
+    load_block(source, ring, i, v, first_of(blocks, place), TILE.block_n, TILE.padded_v)
 
 
 @gluon.jit

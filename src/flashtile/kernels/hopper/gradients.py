@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -19,7 +20,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from flashtile.kernels.hopper import barriers, layouts
 from flashtile.kernels.hopper.query_gradients import hand_over
 from flashtile.kernels.hopper.stages import CONSUMERS, DS_GIVEN, DS_WRITTEN
-from flashtile.kernels.masks import At, visible
+from flashtile.kernels.hopper.walk import first_of, needs_masks
+from flashtile.kernels.hopper.words import dropped_queries
+from flashtile.kernels.masks import At, not_earlier, not_later, visible
 from flashtile.kernels.scores import apply_with_slope
 from flashtile.kernels.views import Span
 
@@ -39,13 +42,21 @@ class Keys(NamedTuple):
     hi: Any
 
 
+@gluon.constexpr_function
+def _compares_positions(masks):
+    """Whether all masks only compare where queries and keys stand."""
+    return all(mask[0] is not_later or mask[0] is not_earlier for mask in masks)
+
+
 @gluon.jit
-def probabilities(s, lse2, keys, head, first_q, variant, unit):
-    """(p, slope of the score mods) of queries from first_q on, from their raw scores (64, BLOCK_M).
+def probabilities(s, lse2, keys, head, place, variant, unit):
+    """(p, slope of the score mods) of the queries of a place, from their raw scores (64, BLOCK_M).
+    Where dropout drops, p has a minus: no register more.
 
     A thread's queries are its own first one plus constants, and masks compare with constants.
     """
     BLOCK_M: gl.constexpr = s.shape[1]
+    first_q = first_of(variant.blocks, place)
     columns = gl.arange(0, BLOCK_M, layouts.columns_of(layouts.accumulator(BLOCK_M)))[None, :]
     own, constants = layouts.opaque(first_q + (columns & 6)), columns & -7
     at, slope = keys.at, 1.0
@@ -53,12 +64,44 @@ def probabilities(s, lse2, keys, head, first_q, variant, unit):
         here = At(at.batch, head, first_q, at.first_k, own + constants, at.k_idx, at.q, at.k)
         s, slope = apply_with_slope(variant.score_mods, s, here)
     p = gl.exp2(s * unit - lse2[None, :])
-    if (first_q < keys.full_lo) | (first_q + BLOCK_M > keys.full_hi):
-        # Masks that only compare positions compare a key with a constant.
+    if needs_masks(keys, place, first_q, variant.blocks, BLOCK_M):
+        p = gl.where(_see(variant.masks, at, head, first_q, own, constants), p, 0.0)
+    if len(variant.dropouts) > 0:
+        tile = At(at.batch, head, layouts.opaque(first_q), at.first_k, 0, 0, at.q, at.k)
+        p = gl.where(dropped_queries(variant.dropouts[0], tile, BLOCK_M), -p, p)
+    return p, slope
+
+
+@gluon.jit
+def _see(masks, at, head, first_q, own, constants):
+    """Which queries see which keys. Masks that only compare positions compare a key with a
+    constant."""
+    if _compares_positions(masks):
         q = Span(at.q.batch, at.q.row, at.q.start, at.q.length - own, at.q.room, at.q.leftpad)
         relative = At(at.batch, head, 0, at.first_k, constants, at.k_idx, q, at.k)
-        p = gl.where(visible(variant.masks, relative), p, 0.0)
-    return p, slope
+        return visible(masks, relative)
+    else:
+        here = At(at.batch, head, first_q, at.first_k, own + constants, at.k_idx, at.q, at.k)
+        return visible(masks, here) & (here.q_idx < at.q.length)
+
+
+@gluon.jit
+def kept(p, dropouts):
+    """The probabilities that dropout leaves."""
+    if len(dropouts) > 0:
+        return gl.maximum(p, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    else:
+        return p
+
+
+@gluon.jit
+def score_gradient(p, dp, delta, dropouts):
+    """dS, from probabilities times the slope of the score mods. Dropout's slopes are not below 0:
+    a minus still tells what it drops."""
+    if len(dropouts) > 0:
+        return kept(p, dropouts) * dp - gl.abs(p) * delta[None, :]
+    else:
+        return p * (dp - delta[None, :])
 
 
 @gluon.jit
@@ -157,19 +200,19 @@ def share_queries(side, dq, j, WARPGROUP: gl.constexpr, TILE: gl.constexpr):
 
 
 @gluon.jit
-def gradient_step(grads, side, blocks, i, j, keys, head, first_q, variant, unit,
+def gradient_step(grads, side, blocks, i, j, keys, head, place, variant, unit,
                   WARPGROUP: gl.constexpr, TILE: gl.constexpr):  # fmt: skip
     """Add item i, block j of a tile's, to dK and dV of a warpgroup's keys, and hand over its share
     of dQ, or where shares lag that of the block before."""
     if TILE.skips:
-        if (first_q < keys.hi) & (first_q + TILE.block_m > keys.lo):
-            grads = seen_step(grads, side, blocks, i, j, keys, head, first_q, variant, unit,
+        if (place < keys.hi) & (place + TILE.block_m > keys.lo):
+            grads = seen_step(grads, side, blocks, i, j, keys, head, place, variant, unit,
                               WARPGROUP, TILE)  # fmt: skip
         else:
             unseen_step(side, blocks, i, j, WARPGROUP, TILE)
         return grads
     else:
-        return seen_step(grads, side, blocks, i, j, keys, head, first_q, variant, unit, WARPGROUP,
+        return seen_step(grads, side, blocks, i, j, keys, head, place, variant, unit, WARPGROUP,
                          TILE)  # fmt: skip
 
 
@@ -188,7 +231,7 @@ def unseen_step(side, blocks, i, j, WARPGROUP: gl.constexpr, TILE: gl.constexpr)
 
 
 @gluon.jit
-def seen_step(grads, side, blocks, i, j, keys, head, first_q, variant, unit,
+def seen_step(grads, side, blocks, i, j, keys, head, place, variant, unit,
               WARPGROUP: gl.constexpr, TILE: gl.constexpr):  # fmt: skip
     """A `gradient_step` with products.
 
@@ -208,8 +251,9 @@ def seen_step(grads, side, blocks, i, j, keys, head, first_q, variant, unit,
         # Scores, slopes and dP are 192 registers a thread: dP later, 1,040 -> 680 bytes of spills.
         lse2 = blocks.lse_of(i).load(of_queries)
         s = warpgroup_mma_wait(0, deps=[s_token])
-        p, slope = probabilities(s, lse2, keys, head, first_q, variant, unit)
-        p_operand, weight = layouts.as_operand(p, q.dtype, TILE.padded), p * slope
+        p, slope = probabilities(s, lse2, keys, head, place, variant, unit)
+        p_operand = layouts.as_operand(kept(p, variant.dropouts), q.dtype, TILE.padded)
+        weight = p * slope
         dp_token = multiply_values(side, do, zeros, WARPGROUP)
     else:
         dp_token = multiply_values(side, do, zeros, WARPGROUP)
@@ -218,17 +262,18 @@ def seen_step(grads, side, blocks, i, j, keys, head, first_q, variant, unit,
         s = warpgroup_mma_wait(1, deps=[s_token])
         if BLOCK_M == 128:  # 32 registers a thread: no room beside the scores in flight
             lse2 = blocks.lse_of(i).load(of_queries)
-        p, weight = probabilities(s, lse2, keys, head, first_q, variant, unit)
+        p, weight = probabilities(s, lse2, keys, head, place, variant, unit)
         if SLOPES:
-            p_operand, weight = layouts.as_operand(p, q.dtype, TILE.padded), p * weight
+            p_operand = layouts.as_operand(kept(p, variant.dropouts), q.dtype, TILE.padded)
+            weight = p * weight
         else:
             weight = p
     # The exponentials pass through the wait: ptxas would start it before them.
     dp, weight = warpgroup_mma_wait(0, deps=[dp_token, weight])
     if not SLOPES:
-        p_operand = layouts.as_operand(weight, q.dtype, TILE.padded)
+        p_operand = layouts.as_operand(kept(weight, variant.dropouts), q.dtype, TILE.padded)
     delta = blocks.delta_of(i).load(of_queries)
-    ds = (weight * (dp - delta[None, :])).to(q.dtype)
+    ds = score_gradient(weight, dp, delta, variant.dropouts).to(q.dtype)
     ds_operand = layouts.as_operand(ds, q.dtype, TILE.padded)
     store_ds(side, i, j, ds, WARPGROUP, TILE)
     dv_token = warpgroup_mma(p_operand, do, grads.v, is_async=True)

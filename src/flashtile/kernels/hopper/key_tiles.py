@@ -19,6 +19,7 @@ from flashtile.kernels.hopper.channels import (
 )
 from flashtile.kernels.hopper.scheduler import pinned, split_tile
 from flashtile.kernels.masks import query_range
+from flashtile.kernels.schedule import schedule_list
 from flashtile.kernels.views import open_sequence
 
 LISTED = gl.constexpr(256)
@@ -69,7 +70,7 @@ def find_sequence(seq, slot, BLOCK: gl.constexpr):
 
 
 @gluon.jit
-def find_keys(work, tile, q_seq, k_seq, masks, TILE: gl.constexpr):
+def find_keys(work, tile, q_seq, k_seq, masks, lists, TILE: gl.constexpr):
     """The KeyTile of a number, with key -1 where a slot of packed sequences is nobody's.
 
     The first keys of a head come first: under a causal mask most queries see them.
@@ -85,9 +86,14 @@ def find_keys(work, tile, q_seq, k_seq, masks, TILE: gl.constexpr):
         batch, kv_head = find_sequence(k_seq, index, BLOCK_N), pair
         index -= gl.load(k_seq.cu_seqlens + batch) // BLOCK_N + batch
     key, k_span = index * BLOCK_N, open_sequence(k_seq, batch)
-    seen = query_range(masks, key, key + (BLOCK_N - 1), open_sequence(q_seq, batch), k_span)
-    first = seen.lo // BLOCK_M
-    blocks = gl.maximum(gl.cdiv(seen.hi, BLOCK_M) - first, 0)
+    if lists is None:
+        seen = query_range(masks, key, key + (BLOCK_N - 1), open_sequence(q_seq, batch), k_span)
+        first = seen.lo // BLOCK_M
+        blocks = gl.maximum(gl.cdiv(seen.hi, BLOCK_M) - first, 0)
+    else:
+        head, first = kv_head * pinned(work.heads.group), 0
+        s = schedule_list(lists, batch, head, key, k_span.length, BLOCK_M)
+        blocks = s.partial + s.run + s.scattered
     return KeyTile(batch, kv_head, gl.where(key < k_span.room, key, -1), first * BLOCK_M, blocks)
 
 

@@ -10,7 +10,7 @@ from flashtile.kernels.views import load_tile, open_sequence, open_tile, row_poi
 
 
 @triton.jit
-def prepare_backward(out, dout, lse, dlse, space, sink, dsink, q_seq, heads,
+def prepare_backward(out, dout, lse, dlse, space, sink, dsink, q_seq, heads, rescale,
                      TILE: tl.constexpr):  # fmt: skip
     """Of one block of queries: lse in log2 units and delta = rowsum(dout * out) - dlse, both
     block_m numbers, block after block in space.rows; zeros in the locks or, without any, in the
@@ -18,7 +18,8 @@ def prepare_backward(out, dout, lse, dlse, space, sink, dsink, q_seq, heads,
     is then in L2.
 
     Rows that saw no key, and rows past the end, get lse +inf: their probabilities are 0, so that
-    the backward masks no queries.
+    the backward masks no queries. Probabilities have dropout's `rescale` as a factor, unless it is
+    None: delta goes without.
     """
     BLOCK_M: tl.constexpr = TILE.block_m
     PADDED: tl.constexpr = TILE.padded_v
@@ -45,8 +46,11 @@ def prepare_backward(out, dout, lse, dlse, space, sink, dsink, q_seq, heads,
     row_lse = tl.load(row_pointers(lse, span, head, rows), mask=valid, other=-float("inf"))
     row_lse = tl.where(row_lse == -float("inf"), float("inf"), row_lse)
     place = space.rows + block.to(tl.int64) * (2 * BLOCK_M) + tl.arange(0, BLOCK_M)
-    tl.store(place, row_lse * LOG2E)
-    tl.store(place + BLOCK_M, row_delta)
+    saved_lse, saved_delta = row_lse * LOG2E, row_delta
+    if rescale is not None:
+        saved_lse, saved_delta = saved_lse - tl.log2(rescale), row_delta / rescale
+    tl.store(place, saved_lse)
+    tl.store(place + BLOCK_M, saved_delta)
     if sink is not None:
         weight = tl.math.exp2((tl.load(sink + head).to(tl.float32) - row_lse) * LOG2E)
         tl.store(dsink + block, -tl.sum(weight * row_delta, 0))

@@ -84,12 +84,17 @@ class Blocks:
         self.DOUT_SLOTS = gl.constexpr(DOUT_SLOTS)
 
     @gluon.jit
-    def fill_queries(self, i, x, batch, head, row, block):
-        """Load Q from row on, and lse of the block-th block of all, as item i when its slot is
-        free."""
+    def claim(self, i):
+        """Wait until the slot of item i's queries is free."""
         slot = i % self.SLOTS
         if i >= self.SLOTS:
             barriers.sync(BLOCK_READ + slot, WITH_PRODUCER)
+
+    @gluon.jit
+    def fill_queries(self, i, x, batch, head, row, block):
+        """Load Q from row on, and lse of the block-th block of all, as item i, whose slot is
+        claimed."""
+        slot = i % self.SLOTS
         full = self.q_full.index(slot)
         mbarrier.expect(full, bytes_of(x.q) + bytes_of(x.rows))
         load_rows(x.q, batch, head, row, full, self.q.index(slot))

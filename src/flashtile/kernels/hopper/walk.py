@@ -46,24 +46,38 @@ def block_place(blocks, walk, i, BLOCK: gl.constexpr):
     if blocks is None:
         return walk.key - i * BLOCK
     else:
-        s = walk.schedule
-        place = 1  # the masks hide all of the first block where the list has none
-        if i < s.partial:
-            place = block_start(blocks, s, i, PARTIAL, BLOCK) | 1
-        elif i < s.partial + s.run:
-            place = block_start(blocks, s, i - s.partial, RUN, BLOCK)
-        elif i < s.partial + s.run + s.scattered:
-            place = block_start(blocks, s, i - s.partial - s.run, SCATTERED, BLOCK)
-        return place
+        return listed_place(blocks, walk.schedule, i, BLOCK)
 
 
 @gluon.jit
-def first_key(blocks, place):
-    """The first key of a block's place."""
+def listed_place(blocks, s, i, BLOCK: gl.constexpr):
+    """The first key, or query, of the i-th block of a list, and one more where it needs masks."""
+    place = 1  # the masks hide all of the first block where the list has none
+    if i < s.partial:
+        place = block_start(blocks, s, i, PARTIAL, BLOCK) | 1
+    elif i < s.partial + s.run:
+        place = block_start(blocks, s, i - s.partial, RUN, BLOCK)
+    elif i < s.partial + s.run + s.scattered:
+        place = block_start(blocks, s, i - s.partial - s.run, SCATTERED, BLOCK)
+    return place
+
+
+@gluon.jit
+def first_of(blocks, place):
+    """The first key, or query, of a block's place."""
     if blocks is None:
         return place
     else:
         return place & -2
+
+
+@gluon.jit
+def needs_masks(rows, place, first, blocks, BLOCK: gl.constexpr):
+    """Whether a block, whose place it is, is not seen as a whole by all rows."""
+    if blocks is None:
+        return (first < rows.full_lo) | (first + BLOCK > rows.full_hi)
+    else:
+        return (place & 1) != 0
 
 
 @aggregate

@@ -20,7 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from flashtile.kernels.hopper import barriers, layouts
 from flashtile.kernels.hopper._compat import tma_store_wait
 from flashtile.kernels.hopper.channels import store_rows
-from flashtile.kernels.hopper.gradients import probabilities
+from flashtile.kernels.hopper.gradients import kept, probabilities, score_gradient
 from flashtile.kernels.hopper.query_gradients import hand_over, own_columns
 from flashtile.kernels.hopper.scheduler import pin
 from flashtile.kernels.hopper.stages import CONSUMERS, DS_WRITTEN
@@ -110,7 +110,7 @@ def start_columns(side, kept, blocks, i, steps, WARPGROUP: gl.constexpr, TILE: g
 
 
 @gluon.jit
-def share_scores(side, blocks, i, x, keys, head, first_q, variant, unit, WARPGROUP: gl.constexpr,
+def share_scores(side, blocks, i, x, keys, head, place, variant, unit, WARPGROUP: gl.constexpr,
                  TILE: gl.constexpr):  # fmt: skip
     """Write a warpgroup's half of P and dS of item i. dO, which has come."""
     HALF: gl.constexpr = TILE.block_m // 2
@@ -120,20 +120,20 @@ def share_scores(side, blocks, i, x, keys, head, first_q, variant, unit, WARPGRO
     values = side.values(pin(0))
     dp_token = multiply_rows(values, None, do.slice(FIRST, HALF, dim=0), TILE.dim_v)
     lse2 = blocks.lse_of(i).slice(FIRST, HALF, dim=0).load(of_queries)
-    p, weight = probabilities(x.s, lse2, keys, head, first_q + FIRST, variant, unit)
-    side.p.index(i & 1).slice(FIRST, HALF, dim=1).store(p.to(do.dtype))
+    p, weight = probabilities(x.s, lse2, keys, head, place + FIRST, variant, unit)
+    side.p.index(i & 1).slice(FIRST, HALF, dim=1).store(kept(p, variant.dropouts).to(do.dtype))
     weight = p * weight if len(variant.score_mods) > 0 else p
     # The exponentials pass through the wait: ptxas would start it before them.
     dp, weight = warpgroup_mma_wait(0, deps=[dp_token, weight])
     delta = blocks.delta_of(i).slice(FIRST, HALF, dim=0).load(of_queries)
-    ds = weight * (dp - delta[None, :])
+    ds = score_gradient(weight, dp, delta, variant.dropouts)
     side.ds.index(i & 1).slice(FIRST, HALF, dim=1).store(ds.to(do.dtype))
     fence_async_shared()
     return do
 
 
 @gluon.jit
-def wide_step(x, side, kept, blocks, i, more, keys, head, first_q, variant, unit,
+def wide_step(x, side, kept, blocks, i, more, keys, head, place, variant, unit,
               WARPGROUP: gl.constexpr, TILE: gl.constexpr):  # fmt: skip
     """Add item i to a warpgroup's columns of dK and dV, hand over its columns of dQ, 64 at a time,
     and compute the scores of the item after it, under the last share's way to shared memory.
@@ -142,7 +142,7 @@ def wide_step(x, side, kept, blocks, i, more, keys, head, first_q, variant, unit
     """
     SCORES: gl.constexpr = products(TILE.padded, TILE.kept)
     COLUMN: gl.constexpr = 128 * WARPGROUP
-    do = share_scores(side, blocks, i, x, keys, head, first_q, variant, unit, WARPGROUP, TILE)
+    do = share_scores(side, blocks, i, x, keys, head, place, variant, unit, WARPGROUP, TILE)
     barriers.sync(DS_WRITTEN, CONSUMERS)
     p, ds, q = side.p.index(i & 1), side.ds.index(i & 1), blocks.queries_of(i)
     dv_token = warpgroup_mma(p, own(do, TILE.dim_v, WARPGROUP), x.v, is_async=True)

@@ -24,6 +24,27 @@ def multiply(a, FACTOR: gl.constexpr):
 
 
 @gluon.jit
+def dropped_queries(dropout, at, BLOCK_M: gl.constexpr):
+    """(64, BLOCK_M), keys by queries: what is dropped. k and k + 1 are in different threads here,
+    so that each draws the block and uses four of its numbers.
+
+    A number is in the 15 highest bits of its word, above what cannot tell: words are even, and so
+    never the limit where all are dropped."""
+    ROWS: gl.constexpr = layouts.ROWS
+    q_groups = (at.first_q // 2 + gl.arange(0, BLOCK_M // 2, gl.AutoLayout())).to(gl.uint32)
+    pairs = (at.first_k // 2 + gl.arange(0, ROWS // 2, gl.AutoLayout())).to(gl.uint32)
+    left = (17 - pairs % 2 * 16)[:, None]
+    w0, w1, w2, w3 = draw_words(dropout, at, q_groups[None, :], (pairs // 2)[:, None], left)
+    words = gl.join(gl.join(w0, w1), gl.join(w2, w3))  # 8 c + 2 t + b, 8 a + r, g, h
+    words = words.reshape(ROWS // 16, 8, BLOCK_M // 16, 8, 2, 2)
+    words = words.permute(0, 4, 1, 2, 5, 3).reshape(ROWS, BLOCK_M)  # c g t b, a h r
+    words = gl.set_auto_layout(words, layouts.accumulator(BLOCK_M))
+    least = dropout.threshold.to(gl.uint32)
+    limit = gl.where(least > 0x7FFF, 0xFFFFFFFF, least << 17).to(gl.uint32)
+    return words < limit
+
+
+@gluon.jit
 def accumulator_numbers(dropout, at, BLOCK_N: gl.constexpr):
     """(64, BLOCK_N) uint16: 15-bit numbers, whose first bit cannot tell. The eight elements of a
     Philox block belong to the thread that draws it."""
