@@ -88,6 +88,17 @@ def test_the_best_of_those_that_may_be_chosen() -> None:
         plan(wide, gpu, ("hopper",))
 
 
+def test_gradients_of_what_another_backend_attends_with() -> None:
+    gpu = Device("cuda", "sm_90", True)
+    narrow = replace(LLAMA, dtype="bfloat16", head_dim=64, head_dim_v=64,
+                     features=frozenset({"dropout"}))  # fmt: skip
+    found = plan(narrow, gpu)
+    assert (found.backend, found.gradients) == ("triton", "hopper")
+    assert plan(narrow, gpu, ("triton", "torch")).gradients == "triton"
+    assert plan(replace(narrow, dtype="float32"), gpu).gradients == "triton"
+    assert plan(narrow, Device("cuda", "sm_80", True)).gradients == "triton"
+
+
 def test_triton_does_what_its_accumulators_hold() -> None:
     gpu = Device("cuda", "sm_80", True)
     assert plan(LLAMA, gpu).backend == "triton"
@@ -140,7 +151,9 @@ def test_explanation_names_the_choice_and_what_was_passed_over() -> None:
     [
         ("sm_90", None, False, "64 queries x 128 keys, dQ added in any order", None),
         ("sm_90", None, True, "64 queries x 128 keys, dQ added in order", None),
-        ("sm_90", "bias", False, "dQ 128 queries x 64 keys, dK", "backward does not do bias"),
+        ("sm_90", "bias", False, "dQ 128 queries x 64 keys, dK", "backward has no registers"),
+        ("sm_90", "dropout", False, "64 queries x 128 keys, dQ added in any order", None),
+        ("sm_90", "attn_mask", True, "dQ 128 queries x 64 keys, dK", "backward adds dQ in order"),
         ("sm_80", None, False, "dQ 64 queries x 64 keys, dK", "needs an NVIDIA Hopper GPU"),
         ("", None, False, "", "needs an NVIDIA Hopper GPU"),
     ],

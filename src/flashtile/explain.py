@@ -57,7 +57,7 @@ class Explanation:
         p, kernels, rows = self.problem, self.plan.kernels, []
         if kernels is None:
             return []
-        if self.plan.backend == "hopper":
+        if self.plan.gradients == "hopper":
             reason = cannot_backward(p, self.deterministic)
             if reason is None:
                 tile = backward_tile(p, self.deterministic)

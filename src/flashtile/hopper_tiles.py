@@ -138,9 +138,19 @@ def pages_fit(size: int) -> bool:
 
 
 def cannot(problem: AttentionProblem) -> str | None:
+    """Why another kernel is to do a problem's forward, or None."""
+    reason = impossible(problem)
+    if reason is None:
+        padded = padded_dim(problem.head_dim, problem.head_dim_v)
+        slower = [f for f in sorted(problem.features) if (padded, f) in SLOWER]
+        if slower:
+            reason = f"is slower than the portable kernel with {slower[0]} at this head dim"
+    return reason
+
+
+def impossible(problem: AttentionProblem) -> str | None:
     """Why the kernel cannot do a problem, or None."""
     p, reason = problem, None
-    slower = [f for f in sorted(p.features) if (padded_dim(p.head_dim, p.head_dim_v), f) in SLOWER]
     if p.dtype not in ("float16", "bfloat16"):
         reason = f"computes with float16 and bfloat16 inputs, these are {p.dtype}"
     elif not all(LEAST_DIM <= n <= DIMS[-1] for n in (p.head_dim, p.head_dim_v)):
@@ -162,8 +172,6 @@ def cannot(problem: AttentionProblem) -> str | None:
         )
     elif found := sorted(p.features & CACHE_ONLY):
         reason = f"has no {found[0]}"
-    elif slower:
-        reason = f"is slower than the portable kernel with {slower[0]} at this head dim"
     return reason
 
 

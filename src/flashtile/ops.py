@@ -61,16 +61,16 @@ def _plan(call: Call) -> Plan:
     return plan(describe(call), Device.of(call.operands.q.device))
 
 
-def _backend(chosen: Plan) -> Any:
-    """The module of a plan's backend. Triton is imported by the first call that needs it."""
-    return importlib.import_module(f"flashtile.backends.{chosen.backend}")
+def _backend(name: str) -> Any:
+    """A backend's module. Triton is imported by the first call that needs it."""
+    return importlib.import_module(f"flashtile.backends.{name}")
 
 
 def _forward_of(chosen: Plan) -> Any:
     """The module that computes a plan's forward."""
     if chosen.decode is not None:
-        return importlib.import_module("flashtile.backends.decode")
-    return _backend(chosen)
+        return _backend("decode")
+    return _backend(chosen.backend)
 
 
 def _device_of(x: Tensor) -> AbstractContextManager[Any]:
@@ -134,7 +134,7 @@ def _run_backward(
         out, lse, dout, *more = tensors[count:]
         dlse = more[0] if more else None
         chosen = _plan(call)
-        grads = _backend(chosen).backward(call, chosen, dout, dlse, out, lse, needs)
+        grads = _backend(chosen.gradients).backward(call, chosen, dout, dlse, out, lse, needs)
         return tuple(grad for grad in grads if grad is not None)
 
     cotangents = (dout,) if dlse is None else (dout, dlse)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from flashtile.decode_tiles import DecodeConfig, cannot_decode, decode_config
 from flashtile.hopper_decode_tiles import HopperDecodeTile, cannot_stream, decode_tile
-from flashtile.hopper_tiles import HopperTile, cannot, forward_tile
+from flashtile.hopper_tiles import HopperTile, cannot, forward_tile, impossible
 from flashtile.problem import UNBOUNDED, AttentionProblem
 from flashtile.tiles import KernelConfigs, configs, shortage
 
@@ -82,6 +82,7 @@ class Plan:
     hopper: HopperTile | None = None  # forward of the Hopper backend
     decode: DecodeConfig | None = None  # forward by the decode kernels, whose keys are split
     stream: HopperDecodeTile | None = None  # that forward by the Hopper decode kernel
+    gradients: str = ""  # backend of the backward
 
 
 def backends(device: Device) -> list[tuple[str, str | None]]:
@@ -164,7 +165,17 @@ def plan(problem: AttentionProblem, device: Device, among: tuple[str, ...] = BAC
         hopper=hopper,
         decode=decode,
         stream=stream,
+        gradients=_gradients(chosen, problem, device, among),
     )
+
+
+def _gradients(
+    chosen: str, problem: AttentionProblem, device: Device, among: tuple[str, ...]
+) -> str:
+    """The backend of the backward: where the Hopper kernels could do the forward, but slower than
+    the portable one, they may be the faster ones here."""
+    able = "hopper" in among and _why_not("hopper", device) is None and impossible(problem) is None
+    return "hopper" if chosen == "triton" and able else chosen
 
 
 def torch_tile(problem: AttentionProblem) -> TileConfig:

@@ -25,8 +25,8 @@ from flashtile.problem import Call, describe
 
 def launches(case: Case, arch: str) -> list[Launch]:
     """Every launch of a call and of its backward on a GPU of that architecture, in order; none
-    where the plan leaves the call to PyTorch's operators. The portable forward is among them where
-    the plan has a better one: with one feature more a call of the same tile gets it."""
+    where the plan leaves the call to PyTorch's operators. The portable kernels are among them where
+    the plan has better ones: with one feature more a call of the same tile gets them."""
     call = build(case)
     chosen = plan(replace(describe(call), device="cuda"), Device("cuda", arch, True))
     if chosen.decode is not None:
@@ -40,15 +40,18 @@ def launches(case: Case, arch: str) -> list[Launch]:
         return found
     if chosen.kernels is None:
         return []
-    names = dict.fromkeys(("triton", chosen.backend))
-    portable, *better = [importlib.import_module(f"flashtile.backends.{name}") for name in names]
+    portable, backend, gradients = (
+        importlib.import_module(f"flashtile.backends.{name}")
+        for name in ("triton", chosen.backend, chosen.gradients)
+    )
     with _recorded() as found:
         if call.operands.document_ids_q is not None or call.operands.attn_mask is not None:
             codes = blocklists.classify(call)
             call = call._replace(operands=call.operands._replace(mask_blocks=codes))
-        for backend in (portable, *better):
-            out, lse = backend.forward(call, chosen)
-        backend.backward(call, chosen, torch.empty_like(out), None, out, lse, (True,) * 5)
+        for module in dict.fromkeys((portable, backend)):
+            out, lse = module.forward(call, chosen)
+        for module in dict.fromkeys((portable, gradients)):
+            module.backward(call, chosen, torch.empty_like(out), None, out, lse, (True,) * 5)
     return found
 
 
