@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from flashtile.hopper_tiles import LEAST_DIM
-from flashtile.problem import AttentionProblem
+from flashtile.problem import COMPUTED, AttentionProblem
 
 DIMS = (64, 128, 256)
 """Head dims that the kernel is compiled for; others are padded up by TMA's zero fill."""
@@ -18,7 +18,12 @@ MISSING = frozenset({"cache_batch_idx", "cache_leftpad", "fp8_cache", "tree_mask
 """Features that the kernel does not do."""
 
 ADDED = frozenset({"bias", "float_mask"})
-"""Matrices that are added to the scores: 32 loads of 2 bytes in a step, 1.5 KB and more of spills."""
+"""Matrices that are added to the scores: 32 loads of 2 bytes in a step, 1.5 KB of spills and up."""
+
+CROWDED = frozenset({"attn_mask", "softcap"})
+"""Features with too few registers up to the least of DIMS: 400 bytes of spills with a bool tensor,
+656 with dropout besides; with a softcap 680, and 8.4 ms on an H200 at 16k where the portable
+kernels take 8.5."""
 
 LISTED = frozenset({"attn_mask", "document_ids"})
 """Masks that lists of blocks come of."""
@@ -41,6 +46,7 @@ class HopperBackwardTile:
     lags: bool = False  # a step's share of dQ is that of the block before
     skips: bool = False  # a warpgroup passes over blocks that see none of its keys
     persistent: bool = False  # a CTA takes tile after tile
+    parts: int = 1  # in which scores become gradients, where these need many registers
     registers: int = 240  # of each consumer thread
     producer_registers: int = 24
 
@@ -78,9 +84,8 @@ def cannot_backward(problem: AttentionProblem, deterministic: bool = False) -> s
         reason = "adds dQ in order only where masks are ranges"
     elif problem.features >= {"dropout", "score_mod"}:
         reason = "does dropout only with slopes that are not below 0"
-    elif "softcap" in problem.features and head_dim <= DIMS[0]:
-        # 680 bytes of spills; 8.4 ms on an H200 at 16k where the portable kernels take 8.5.
-        reason = f"has no registers for a softcap at head dims up to {DIMS[0]}"
+    elif head_dim <= DIMS[0] and (crowded := sorted(problem.features & CROWDED)):
+        reason = f"has no registers for {crowded[0]} at head dims up to {DIMS[0]}"
     elif 0 in (problem.batch, problem.seqlen_q, problem.seqlen_k, problem.heads, problem.kv_heads):
         reason = "TMA has no empty tensors"
     return reason
@@ -95,8 +100,17 @@ def backward_tile(problem: AttentionProblem, deterministic: bool = False) -> Hop
     else:
         padded, block_m = (64, 128) if dim <= DIMS[0] else (128, 64)
         tile = HopperBackwardTile(dim, dim_v, padded, padded, block_m)
-        tile = replace(tile, **_schedule(problem, padded))
+        tile = replace(tile, parts=_parts(problem), **_schedule(problem, padded))
     return replace(tile, adds="in order", persistent=False) if deterministic else tile
+
+
+def _parts(problem: AttentionProblem) -> int:
+    """Of the scores that become gradients: several where ptxas would spill in every step."""
+    features = problem.features
+    heavy = "attn_mask" in features or ("document_ids" in features and features & COMPUTED)
+    if problem.head_dim <= DIMS[0]:
+        heavy = heavy or features & {"document_ids", "dropout", "score_mod"}
+    return 4 if heavy else 1
 
 
 def _schedule(problem: AttentionProblem, padded: int) -> dict[str, Any]:

@@ -4,7 +4,9 @@ to dQ: the kernel's own source, run on CPU tensors."""
 from __future__ import annotations
 
 import heapq
+import itertools
 from collections import Counter, defaultdict
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -14,9 +16,11 @@ from torch import Tensor
 
 from flashtile.api import normalise
 from flashtile.backends import hopper_backward
+from flashtile.backends.launch import Launch
 from flashtile.hopper_backward_tiles import HopperBackwardTile, backward_tile
-from flashtile.kernels import masks
-from flashtile.kernels.hopper import key_tiles, query_gradients, scheduler
+from flashtile.kernels import masks, schedule
+from flashtile.kernels.hopper import key_tiles, query_gradients, query_lists, scheduler, walk
+from flashtile.kernels.numbers import opaque
 from flashtile.problem import Call, describe
 
 
@@ -36,8 +40,9 @@ def _tensors(function: Any) -> Any:
 
 LANGUAGE = SimpleNamespace(
     where=_tensors(torch.where), maximum=_tensors(torch.maximum), minimum=_tensors(torch.minimum),
-    load=lambda pointer: pointer.memory[pointer.offset], int32=torch.int32, static_range=range,
-    cdiv=lambda a, b: -(-a // b),
+    load=lambda pointer, mask=True, other=0: pointer.memory[pointer.offset] if mask else other,
+    int32=torch.int32, int64=torch.int64, static_range=range, cdiv=lambda a, b: -(-a // b),
+    cast=lambda x, dtype: torch.as_tensor(x, dtype=dtype), constexpr=int,
 )  # fmt: skip
 
 
@@ -46,6 +51,7 @@ def _on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     for module, names in (
         (key_tiles, ("find_keys", "start_walk", "go_on", "row_of", "block_of", "first_block")),
         (query_gradients, ("first_tile",)),
+        (query_lists, ("open_list", "place_of", "row_there")),
     ):
         for name in names:
             monkeypatch.setattr(module, name, getattr(module, name).fn)
@@ -53,6 +59,17 @@ def _on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "open_sequence", _open_sequence)
     for module, name in ((key_tiles, "query_range"), (query_gradients, "key_range")):
         monkeypatch.setattr(module, name, _plainly(getattr(masks, name).fn))
+    for module, name in ((key_tiles, "schedule_list"), (query_lists, "schedule_list"),
+                         (walk, "block_start")):  # fmt: skip
+        monkeypatch.setattr(module, name, getattr(schedule, name).fn)
+    monkeypatch.setattr(query_lists, "listed_place", walk.listed_place.fn)
+    monkeypatch.setattr(query_lists, "pinned", lambda n: torch.tensor(_number(n)))
+    for name in ("PARTIAL", "RUN", "SCATTERED"):
+        monkeypatch.setattr(walk, name, getattr(schedule, name).value)
+        monkeypatch.setattr(schedule, name, getattr(schedule, name).value)
+    monkeypatch.setattr(schedule, "LIST_BLOCK", schedule.LIST_BLOCK.value)
+    monkeypatch.setattr(schedule, "tl", LANGUAGE)
+    monkeypatch.setattr(schedule, "number", _number)
     monkeypatch.setattr(masks, "tl", LANGUAGE)
     monkeypatch.setattr(masks, "number", _number)
     monkeypatch.setattr(key_tiles, "pinned", lambda n: torch.tensor(_number(n)))
@@ -117,12 +134,16 @@ def _call(heads: int, kv_heads: int, lengths: list[tuple[int, int]], **given: An
     return normalise(q, k, k, **given)
 
 
-def _steps(call: Call, tile: HopperBackwardTile, parts: int = 1) -> list[list[Step]]:
-    """What each tile adds, tile by tile as the launch counts them."""
+def _launch(call: Call, tile: HopperBackwardTile, parts: int) -> Launch:
     space = hopper_backward.workspace(call, tile, torch.zeros(call.lse_shape))
     q, k, v = call.operands[:3]
     dk, dv = (x.repeat_interleave(parts, -2) for x in (k, v))
-    launch = hopper_backward.gradient_launch(call, tile, space, q, dk, dv)
+    return hopper_backward.gradient_launch(call, tile, space, q, dk, dv)
+
+
+def _steps(call: Call, tile: HopperBackwardTile, parts: int = 1) -> list[list[Step]]:
+    """What each tile adds, tile by tile as the launch counts them."""
+    launch = _launch(call, tile, parts)
     sequences, variant, _, work, _ = launch.arguments[-5:]
     q_seq, k_seq = (
         x if x.cu_seqlens is None else x._replace(cu_seqlens=Pointer(x.cu_seqlens))
@@ -131,7 +152,8 @@ def _steps(call: Call, tile: HopperBackwardTile, parts: int = 1) -> list[list[St
     found = []
     assert launch.grid in (1, _number(work.key_tiles) * _number(work.pairs))
     for number in range(_number(work.key_tiles) * _number(work.pairs)):
-        keys = key_tiles.find_keys(work, torch.tensor(number), q_seq, k_seq, variant.masks, tile)
+        keys = key_tiles.find_keys(work, torch.tensor(number), q_seq, k_seq, variant.masks, None,
+                                   tile)  # fmt: skip
         steps: list[Step] = []
         walk = key_tiles.start_walk(keys, work, tile)
         base = key_tiles.first_block(work, q_seq, keys.batch, tile)
@@ -201,6 +223,65 @@ def test_a_tile_waits_for_all_tiles_before_it_and_for_no_others(name: str, parts
             assert step.before == added[step.block]
         added.update(x.block for x in steps)
         assert len({x.block for x in steps}) == len(steps)
+
+
+def _list(codes: Tensor) -> schedule.BlockList:
+    """Lists of codes (batches, heads, tiles of queries, tiles of keys), as `list_blocks` leaves
+    them for tiles of keys."""
+    by_keys = codes.transpose(-1, -2)
+    entries = torch.full(by_keys.shape, 10**6, dtype=torch.int32)
+    counts = torch.zeros(*by_keys.shape[:-1], 4, dtype=torch.int32)
+    for where in itertools.product(*map(range, by_keys.shape[:-1])):
+        partial, full = ((by_keys[where] == n).nonzero().flatten().int() for n in (1, 2))
+        entries[where][: len(partial)] = partial
+        entries[where][by_keys.shape[-1] - len(full) :] = full.flip(0)
+        run = len(full) if len(full) and full[-1] - full[0] + 1 == len(full) else 0
+        first = int(full[0]) if len(full) else 0
+        counts[where] = torch.tensor([len(partial), len(full) - run, run, first])
+    batches, heads, tiles, blocks = by_keys.shape
+    return schedule.BlockList(
+        Pointer(entries.flatten()), Pointer(counts.flatten()),
+        opaque(heads * tiles if batches > 1 else 0), opaque(tiles if heads > 1 else 0),
+        opaque(blocks),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("per_head", [False, True])
+@pytest.mark.parametrize(("dim", "queries"), [(64, 700), (128, 700), (128, 760), (256, 330)])
+def test_listed_blocks_are_walked_once(dim: int, queries: int, per_head: bool) -> None:
+    """With masks where a block needs them or begins past the end, and never on to another head's
+    sums of dQ."""
+    call = _call(4, 2, [(queries, 400)] * 2, dim=dim, document_ids=None)
+    tile = replace(backward_tile(describe(call)), skips=False, adds="in any order")
+    generator = torch.Generator().manual_seed(dim)
+    shape = (2, 4 if per_head else 1, -(-queries // 128), 4)
+    codes = torch.randint(0, 3, shape, generator=generator)
+    lists, parts = _list(codes), 2 if per_head else 1
+    *_, work, _ = _launch(call, tile, parts).arguments
+    q_seq, k_seq = _launch(call, tile, parts).arguments[8]
+    found, seqs = [], (q_seq, k_seq)
+    for number in range(_number(work.key_tiles) * _number(work.pairs)):
+        keys = key_tiles.find_keys(work, torch.tensor(number), *seqs, (), lists, tile)
+        way = query_lists.open_list(lists, keys, work, k_seq, tile)
+        at, base = key_tiles.start_walk(keys, work, tile), int(keys.batch) * 4
+        for _ in range(int(keys.blocks) * _number(work.heads.group)):
+            span = _open_sequence(q_seq, keys.batch)
+            place = int(query_lists.place_of(lists, way, keys, at, span, tile))
+            row = int(query_lists.row_there(lists, torch.tensor(place), span, tile))
+            per_sequence = -(-queries // tile.block_m)
+            block = key_tiles.block_of(row, at, base * per_sequence, work, tile)
+            assert int(block) // per_sequence == base + int(at.head)
+            found.append((int(keys.batch), int(at.head), int(keys.key), place))
+            at = key_tiles.go_on(at, keys, work, tile)
+    wanted = []
+    for batch, head, key, row in itertools.product(
+        range(2), range(4), range(0, 400, tile.block_n),
+        range(0, 128 * shape[2], tile.block_m),
+    ):  # fmt: skip
+        code = int(codes[batch, head % shape[1], row // 128, key // 128])
+        if code:
+            wanted.append((batch, head, key, row + int(code == 1 or row >= queries)))
+    assert sorted(found) == sorted(wanted)
 
 
 def _duration(tiles: list[list[Step]], ctas: int, ordered: bool) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -21,9 +22,11 @@ LENGTHS = ((70, 100), (0, 9), (129, 1), (128, 0), (1, 64))
 """Of packed queries and keys; 20 tokens of neither follow."""
 
 
-def _call(dim: int, seqlen: int, dim_v: int | None = None) -> tuple[Call, HopperBackwardTile]:
+def _call(
+    dim: int, seqlen: int, dim_v: int | None = None, **given: Any
+) -> tuple[Call, HopperBackwardTile]:
     q, k = (torch.randn(2, seqlen, heads, dim) for heads in (4, 2))
-    call = normalise(q, k, torch.randn(2, seqlen, 2, dim_v or dim), causal=True)
+    call = normalise(q, k, torch.randn(2, seqlen, 2, dim_v or dim), causal=True, **given)
     return call, backward_tile(describe(call))
 
 
@@ -79,6 +82,24 @@ def test_rows_are_prepared_block_by_block(dim: int, dim_v: int, seqlen: int) -> 
     cleared = space.acc if space.locks is None else space.locks
     assert cleared.numel() > 0
     assert cleared.eq(0).all()
+
+
+def test_probabilities_have_what_makes_up_for_dropout_as_a_factor() -> None:
+    """A quarter is dropped: 4 / 3 of the rest, by lse, and delta without it."""
+    call, tile = _call(64, 64, dropout_p=0.25)
+    out, dout = torch.randn(2, 2, 64, 4, 64)
+    lse, sink = torch.randn(2, 4, 64), torch.zeros(4)
+    call = call._replace(operands=call.operands._replace(learnable_sink=sink))
+    space, shares = _poisoned(call, tile, lse), torch.empty(triton.query_grid(call, tile.block_m))
+    run(prepare_launch(call, tile, space, out, dout, lse, None, shares))
+
+    lse2, delta = (x.view(2, 4, -1)[..., :64] for x in space.rows.view(-1, 2, 128).unbind(1))
+    torch.testing.assert_close(torch.exp2(-lse2), 4 / 3 * torch.exp(-lse))
+    sums = (out * dout).sum(-1).transpose(1, 2)
+    torch.testing.assert_close(delta, 0.75 * sums, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        shares.view(2, 4), -(torch.exp(-lse) * sums).sum(-1), rtol=1e-4, atol=1e-4
+    )
 
 
 @pytest.mark.parametrize("dim", [64, 128])

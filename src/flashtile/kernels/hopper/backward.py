@@ -168,7 +168,7 @@ def add_queries(dq, side, queue, q_seq, k_seq, masks, lists, work, TILE: gl.cons
 def own_keys(tile, q_seq, k_seq, masks, WARPGROUP: gl.constexpr, TILE: gl.constexpr):
     """A warpgroup's 64 keys."""
     first = tile.key + (0 if TILE.wide else WARPGROUP * layouts.ROWS)
-    queries: gl.constexpr = TILE.block_m // 2 if TILE.wide else TILE.block_m
+    queries: gl.constexpr = TILE.block_m // (2 if TILE.wide else TILE.parts)
     layout: gl.constexpr = layouts.rows_of(layouts.accumulator(queries))
     q_span, k_span = open_sequence(q_seq, tile.batch), open_sequence(k_seq, tile.batch)
     k_idx = (first + gl.arange(0, layouts.ROWS, layout))[:, None]

@@ -105,6 +105,30 @@ def score_gradient(p, dp, delta, dropouts):
 
 
 @gluon.jit
+def score_parts(s, dp, blocks, i, keys, head, place, variant, unit, dtype: gl.constexpr,
+                FIRST: gl.constexpr, PARTS: gl.constexpr):  # fmt: skip
+    """(P, dS) of item i's columns from FIRST on, one part after the other: what is between scores
+    and gradients is then in registers for few of them."""
+    COLUMNS: gl.constexpr = s.shape[1]
+    if PARTS > 1:
+        HALF: gl.constexpr = COLUMNS // 2
+        s0, s1 = layouts.halves(s)
+        dp0, dp1 = layouts.halves(dp)
+        p0, ds0 = score_parts(s0, dp0, blocks, i, keys, head, place, variant, unit, dtype, FIRST,
+                              PARTS // 2)  # fmt: skip
+        p1, ds1 = score_parts(s1, dp1, blocks, i, keys, head, place, variant, unit, dtype,
+                              FIRST + HALF, PARTS // 2)  # fmt: skip
+        return layouts.whole(p0, p1), layouts.whole(ds0, ds1)
+    else:
+        of_queries: gl.constexpr = layouts.columns_of(layouts.accumulator(COLUMNS))
+        lse2 = blocks.lse_of(i).slice(FIRST, COLUMNS, dim=0).load(of_queries)
+        p, slope = probabilities(s, lse2, keys, head, place + FIRST, variant, unit)
+        delta = blocks.delta_of(i).slice(FIRST, COLUMNS, dim=0).load(of_queries)
+        ds = score_gradient(p * slope, dp, delta, variant.dropouts)
+        return kept(p, variant.dropouts).to(dtype), ds.to(dtype)
+
+
+@gluon.jit
 def multiply_values(side, do, zeros, WARPGROUP: gl.constexpr):
     """Start dP^T = V dO^T, (64, BLOCK_M)."""
     return warpgroup_mma(side.values(WARPGROUP), do.permute((1, 0)), zeros, use_acc=False,
@@ -247,7 +271,13 @@ def seen_step(grads, side, blocks, i, j, keys, head, place, variant, unit,
     s_token = warpgroup_mma(side.keys(WARPGROUP), q.permute((1, 0)), zeros, use_acc=False,
                             is_async=True)  # fmt: skip
     do = blocks.wait_dout(i)
-    if SLOPES and BLOCK_M == 128:
+    if TILE.parts > 1:
+        dp_token = multiply_values(side, do, zeros, WARPGROUP)
+        s, dp = warpgroup_mma_wait(0, deps=[s_token, dp_token])
+        p, ds = score_parts(s, dp, blocks, i, keys, head, place, variant, unit, q.dtype, 0,
+                            TILE.parts)  # fmt: skip
+        p_operand = layouts.as_operand(p, q.dtype, TILE.padded)
+    elif SLOPES and BLOCK_M == 128:
         # Scores, slopes and dP are 192 registers a thread: dP later, 1,040 -> 680 bytes of spills.
         lse2 = blocks.lse_of(i).load(of_queries)
         s = warpgroup_mma_wait(0, deps=[s_token])
@@ -268,12 +298,13 @@ def seen_step(grads, side, blocks, i, j, keys, head, place, variant, unit,
             weight = p * weight
         else:
             weight = p
-    # The exponentials pass through the wait: ptxas would start it before them.
-    dp, weight = warpgroup_mma_wait(0, deps=[dp_token, weight])
-    if not SLOPES:
-        p_operand = layouts.as_operand(kept(weight, variant.dropouts), q.dtype, TILE.padded)
-    delta = blocks.delta_of(i).load(of_queries)
-    ds = score_gradient(weight, dp, delta, variant.dropouts).to(q.dtype)
+    if TILE.parts == 1:
+        # The exponentials pass through the wait: ptxas would start it before them.
+        dp, weight = warpgroup_mma_wait(0, deps=[dp_token, weight])
+        if not SLOPES:
+            p_operand = layouts.as_operand(kept(weight, variant.dropouts), q.dtype, TILE.padded)
+        delta = blocks.delta_of(i).load(of_queries)
+        ds = score_gradient(weight, dp, delta, variant.dropouts).to(q.dtype)
     ds_operand = layouts.as_operand(ds, q.dtype, TILE.padded)
     store_ds(side, i, j, ds, WARPGROUP, TILE)
     dv_token = warpgroup_mma(p_operand, do, grads.v, is_async=True)

@@ -41,6 +41,24 @@ def partial_row_sums(p):
 
 
 @gluon.jit
+def halves(x):
+    """The left and the right columns of an accumulator, as accumulators."""
+    COLUMNS: gl.constexpr = x.shape[1] // 2
+    left, right = gl.split(x.reshape(x.shape[0], 2, COLUMNS).permute(0, 2, 1))
+    half: gl.constexpr = accumulator(COLUMNS)
+    return (gl.convert_layout(left, half, assert_trivial=True),
+            gl.convert_layout(right, half, assert_trivial=True))  # fmt: skip
+
+
+@gluon.jit
+def whole(left, right):
+    """The inverse of `halves`."""
+    COLUMNS: gl.constexpr = 2 * left.shape[1]
+    both = gl.join(left, right).permute(0, 2, 1).reshape(left.shape[0], COLUMNS)
+    return gl.convert_layout(both, accumulator(COLUMNS), assert_trivial=True)
+
+
+@gluon.jit
 def as_operand(x, dtype: gl.constexpr, COLUMNS: gl.constexpr):
     """An accumulator, rounded, as the left operand of a product with COLUMNS columns."""
     return gl.convert_layout(x.to(dtype), operand(accumulator(COLUMNS)), assert_trivial=True)
