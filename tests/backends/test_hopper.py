@@ -62,12 +62,19 @@ def test_what_the_backward_leaves_to_the_portable_kernels() -> None:
         ({"head_dim": 256, "head_dim_v": 32}, "not 256 and 32"),
         ({"head_dim": 128, "head_dim_v": 64}, "above 128, not 128 and 64"),
         ({"page_size": 64}, "paged"),
-        ({"features": frozenset({"score_mod"})}, "score_mod"),
-        ({"features": frozenset({"dropout"})}, "dropout"),
+        ({"features": frozenset({"tree_mask"})}, "tree_mask"),
+        ({"features": frozenset({"bias"})}, "registers for a bias"),
+        ({"features": frozenset({"attn_mask", "float_mask"})}, "registers for a float_mask"),
+        ({"features": frozenset({"score_mod", "dropout"})}, "slopes"),
         ({"head_dim": 64, "head_dim_v": 64, "features": frozenset({"softcap"})}, "registers"),
+        ({"head_dim": 64, "head_dim_v": 64, "features": frozenset({"attn_mask"})}, "registers"),
     ):
         problem = replace(LLAMA, **changes)  # type: ignore[arg-type]
         assert reason in (cannot_backward(problem) or "")
+    for feature in ("document_ids", "attn_mask"):
+        masked = replace(LLAMA, features=frozenset({feature}))
+        assert cannot_backward(masked) is None
+        assert "in order" in (cannot_backward(masked, deterministic=True) or "")
 
 
 def test_tiles_fit_and_do_not_depend_on_lengths_alone() -> None:
