@@ -68,6 +68,7 @@ def _on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(walk, name, getattr(schedule, name).value)
         monkeypatch.setattr(schedule, name, getattr(schedule, name).value)
     monkeypatch.setattr(schedule, "LIST_BLOCK", schedule.LIST_BLOCK.value)
+    monkeypatch.setattr(schedule, "block_count", schedule.block_count.fn)
     monkeypatch.setattr(schedule, "tl", LANGUAGE)
     monkeypatch.setattr(schedule, "number", _number)
     monkeypatch.setattr(masks, "tl", LANGUAGE)

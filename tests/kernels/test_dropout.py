@@ -13,9 +13,12 @@ from torch import Tensor
 from flashtile import flash_attn_func, flash_attn_varlen_func
 from flashtile.kernels.dropout import (
     Dropout,
-    drop_queries_by_keys,
-    kept_keys_by_queries,
-    kept_queries_by_keys,
+    drop,
+    drop_score_gradient,
+    numbers_keys_by_queries,
+    numbers_queries_by_keys,
+    words_keys_by_queries,
+    words_queries_by_keys,
 )
 from flashtile.kernels.masks import At
 from flashtile.kernels.numbers import opaque
@@ -33,9 +36,12 @@ def probe(dropped, rows_are_queries, rows_are_keys, dropout, batch, head, first_
     at = At(batch, head, first_q, first_k, q[:, None], k[None, :], None, None)
     where = q[:, None] * N + k[None, :]
     p = tl.load(dropped + where)
-    tl.store(dropped + where, drop_queries_by_keys(dropout, p, at, M, N))
-    tl.store(rows_are_queries + where, kept_queries_by_keys(dropout, at, M, N))
-    kept = kept_keys_by_queries(dropout, at, M, N)
+    numbers = numbers_queries_by_keys(words_queries_by_keys(dropout, at, M, N), M, N)
+    tl.store(dropped + where, drop(dropout, p, numbers))
+    one = tl.full([], 1.0, tl.float32)
+    tl.store(rows_are_queries + where, drop_score_gradient(dropout, one, one, 0.0, numbers))
+    numbers = numbers_keys_by_queries(words_keys_by_queries(dropout, at, M, N), M, N)
+    kept = drop_score_gradient(dropout, one, one, 0.0, numbers)
     tl.store(rows_are_keys + k[:, None] * M + q[None, :], kept)
 
 

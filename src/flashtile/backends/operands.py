@@ -222,10 +222,12 @@ def dropouts(call: Call, nvidia: bool) -> tuple[dropout.Dropout, ...]:
     heads = opaque(call.operands.q.shape[-2])
     found = dropout.Dropout(state, float(threshold), rescale, heads)
     if nvidia:
-        found = found._replace(multiply=dropout.multiply_wide)
+        found = found._replace(
+            multiply=dropout.multiply_wide, own_halves=dropout.own_halves_at_once
+        )
     if nvidia and threshold <= dropout.INFINITY:
         found = found._replace(
-            factors=dropout.factors_at_once, zero_below=dropout.zero_below_in_pairs
+            zero_below=dropout.zero_below_in_pairs, score_gradient=dropout.score_gradient_in_pairs
         )
     return (found,)
 

@@ -173,6 +173,8 @@ def every_case() -> list[Case]:
     cases += [Case(name, "bfloat16", 128, 128, only=HOPPER)
               for name in ("decode", "decode-tall", "decode-e4m3")]  # fmt: skip
     cases.append(Case("decode-latent", "bfloat16", 576, 512, only=HOPPER))
+    # Its tile is a bias's alone.
+    cases.append(Case("masked dropout", "bfloat16", 64, 64, (DBIAS,)))
     # A bias launches every kernel, with the tiles that causality alone does not choose.
     kinds = ("causal", "bias", "scores", "dropout", "masked dropout")
     cases += [

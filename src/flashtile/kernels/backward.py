@@ -13,7 +13,14 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from flashtile.kernels.dropout import kept_keys_by_queries, kept_queries_by_keys
+from flashtile.kernels.dropout import (
+    draw_keys_by_queries,
+    draw_queries_by_keys,
+    drop,
+    drop_score_gradient,
+    numbers_keys_by_queries,
+    numbers_queries_by_keys,
+)
 from flashtile.kernels.masks import At, key_range, query_range, visible
 from flashtile.kernels.numbers import number
 from flashtile.kernels.schedule import (
@@ -56,36 +63,25 @@ class KeyGradients(NamedTuple):
     v: Any  # (BLOCK_N, PADDED_V) of dV / rescale
 
 
-class Block(NamedTuple):
-    """The probabilities of one block, and what its gradient needs besides."""
-
-    p: Any
-    kept: Any  # 1 where dropout keeps, 0 elsewhere; 1.0 without dropout
-    slope: Any  # derivative of the score mods
-
-
 @triton.jit
-def recompute(s, lse2, at, variant, scale, FULL: tl.constexpr,
-              KEYS_ARE_ROWS: tl.constexpr, TILE: tl.constexpr):  # fmt: skip
-    """The probabilities of a block from its raw scores; lse2 broadcasts to the block."""
+def recompute(s, lse2, at, variant, scale, FULL: tl.constexpr):
+    """The probabilities of a block from its raw scores, and the derivative of the score mods; lse2
+    broadcasts to the block."""
     s, slope = apply_with_slope(variant.score_mods, s, at)
     p = tl.math.exp2(s * scale.log2 - lse2)
     if not FULL:
         p = tl.where(visible(variant.masks, at), p, 0.0)
-    kept = 1.0
-    if len(variant.dropouts) > 0:
-        if KEYS_ARE_ROWS:
-            kept = kept_keys_by_queries(variant.dropouts[0], at, TILE.block_m, TILE.block_n)
-        else:
-            kept = kept_queries_by_keys(variant.dropouts[0], at, TILE.block_m, TILE.block_n)
-    return Block(p, kept, slope)
+    return p, slope
 
 
 @triton.jit
-def score_gradient(block, dp, delta):
-    """ds of the mapped scores, without the factor `rescale`, which their sums get and delta does
-    without; delta broadcasts to the block."""
-    return block.p * (block.kept * dp - delta)
+def score_gradient(p, slope, dp, delta, variant, numbers):
+    """ds of the raw scores, without the factor `rescale`, which their sums get and delta does
+    without; delta broadcasts to the block. numbers: dropout's, or ()."""
+    if len(numbers) == 0:
+        return p * (dp - delta) * slope
+    else:
+        return drop_score_gradient(variant.dropouts[0], p, dp, delta, numbers[0]) * slope
 
 
 @triton.jit
@@ -116,6 +112,7 @@ def query_gradient(dq, rows, k, v, k_seq, at, schedule, variant, scale,
     FULL: tl.constexpr = PART != PARTIAL
     BLOCK_N: tl.constexpr = TILE.block_n
     k_base, v_base = tokens(k, k_seq, at.k, kv_head), tokens(v, k_seq, at.k, kv_head)
+    words = draw_queries_by_keys(variant, schedule, 0, at, PART, TILE)
     for i in range(block_count(schedule, PART)):
         first = block_start(variant.blocks, schedule, i, PART, BLOCK_N)
         here = At(at.batch, at.head, at.first_q, first, at.q_idx, first + at.k_idx, at.q, at.k)
@@ -123,10 +120,13 @@ def query_gradient(dq, rows, k, v, k_seq, at, schedule, variant, scale,
         s = tl.dot(rows.q, keys.T, input_precision=TILE.precision)
         values = load_tile(v, v_base, k_seq, at.k, first, FULL, BLOCK_N, TILE.dim_v, TILE.padded_v)
         dp = tl.dot(rows.do, values.T, input_precision=TILE.precision)
-        block = recompute(s, rows.lse2[:, None], here, variant, scale, FULL, False,
-                          TILE)  # fmt: skip
-        ds = score_gradient(block, dp, rows.delta[:, None]) * block.slope
+        p, slope = recompute(s, rows.lse2[:, None], here, variant, scale, FULL)
+        numbers = ()
+        if len(words) > 0:
+            numbers = (numbers_queries_by_keys(words, TILE.block_m, TILE.block_n),)
+        ds = score_gradient(p, slope, dp, rows.delta[:, None], variant, numbers)
         dq = tl.dot(ds.to(keys.dtype), keys, dq, input_precision=TILE.precision)
+        words = draw_queries_by_keys(variant, schedule, i + 1, at, PART, TILE)
     return dq
 
 
@@ -170,6 +170,7 @@ def key_gradient(grads, k, v, q, saved, q_seq, at, schedule, variant, scale,
     BLOCK_M: tl.constexpr = TILE.block_m
     q_base = tokens(q, q_seq, at.q, at.head)
     do_base = tokens(saved.dout, q_seq, at.q, at.head)
+    words = draw_keys_by_queries(variant, schedule, 0, at, PART, TILE)
     for i in range(block_count(schedule, PART)):
         first = block_start(variant.blocks, schedule, i, PART, BLOCK_M)
         rows = first + tl.arange(0, BLOCK_M)
@@ -180,13 +181,17 @@ def key_gradient(grads, k, v, q, saved, q_seq, at, schedule, variant, scale,
                        TILE.padded_v)  # fmt: skip
         dp = tl.dot(v, do.T, input_precision=TILE.precision)
         lse2, delta = load_pairs(saved.rows, at.q, at.head, first, FULL, BLOCK_M)
-        block = recompute(s, lse2[None, :], here, variant, scale, FULL, True,
-                          TILE)  # fmt: skip
+        p, slope = recompute(s, lse2[None, :], here, variant, scale, FULL)
+        kept = p.to(do.dtype)
+        numbers = ()
+        if len(words) > 0:
+            numbers = (numbers_keys_by_queries(words, TILE.block_m, TILE.block_n),)
+            kept = drop(variant.dropouts[0], kept, numbers[0])
         # Before dS, so that the tensor cores are busy while it is computed.
-        p = (block.p * block.kept).to(do.dtype)
-        dv = tl.dot(p, do, grads.v, input_precision=TILE.precision)
-        ds = score_gradient(block, dp, delta[None, :]) * block.slope
+        dv = tl.dot(kept, do, grads.v, input_precision=TILE.precision)
+        ds = score_gradient(p, slope, dp, delta[None, :], variant, numbers)
         dk = tl.dot(ds.to(queries.dtype), queries, grads.k, input_precision=TILE.precision)
+        words = draw_keys_by_queries(variant, schedule, i + 1, at, PART, TILE)
         grads = KeyGradients(dk, dv)
     return grads
 

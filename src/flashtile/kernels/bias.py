@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from flashtile.kernels.backward import load_query_tile, recompute, rescale, score_gradient
+from flashtile.kernels.dropout import numbers_queries_by_keys, words_queries_by_keys
 from flashtile.kernels.masks import At, key_range
 from flashtile.kernels.numbers import number
 from flashtile.kernels.views import load_tile, open_sequence, tokens
@@ -56,10 +57,14 @@ def score_tile_gradient(ds, x, variant, scale, heads, batch, head, first_q, firs
                          False, BLOCK_N, TILE.dim, TILE.padded)  # fmt: skip
         values = load_tile(x.v, tokens(x.v, x.k_seq, k_span, kv_head), x.k_seq, k_span, first_k,
                            False, BLOCK_N, TILE.dim_v, TILE.padded_v)  # fmt: skip
+        numbers = ()
+        if len(variant.dropouts) > 0:
+            words = words_queries_by_keys(variant.dropouts[0], at, BLOCK_M, BLOCK_N)
+            numbers = (numbers_queries_by_keys(words, BLOCK_M, BLOCK_N),)
         s = tl.dot(own.q, keys.T, input_precision=TILE.precision)
         dp = tl.dot(own.do, values.T, input_precision=TILE.precision)
-        block = recompute(s, own.lse2[:, None], at, variant, scale, False, False, TILE)
-        ds += score_gradient(block, dp, own.delta[:, None]) * block.slope
+        p, slope = recompute(s, own.lse2[:, None], at, variant, scale, False)
+        ds += score_gradient(p, slope, dp, own.delta[:, None], variant, numbers)
     return ds
 
 

@@ -11,7 +11,9 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from flashtile.kernels.masks import At
 from flashtile.kernels.numbers import number
+from flashtile.kernels.schedule import block_start
 
 INFINITY = 0x7C00
 """Of fp16, as bits: the largest threshold of the functions that are NVIDIA's own."""
@@ -38,27 +40,6 @@ def multiply_wide(a, FACTOR: tl.constexpr):
 
 
 @triton.jit
-def factors(words, least):
-    """1 where the number in the upper half of a word is at least `least`, 0 elsewhere. Its first
-    bit, and what lies below it, cannot tell."""
-    return tl.where((words & 0x7FFFFFFF) >= (least << 16), 1.0, 0.0)
-
-
-@triton.jit
-def factors_at_once(words, least):
-    """The same in one instruction, by the magnitudes of floats, which are ordered as their bits
-    are."""
-    return tl.inline_asm_elementwise(
-        "{.reg .f32 x; mov.b32 x, $1; abs.f32 x, x; set.geu.f32.f32 $0, x, $2;}",
-        "=r,r,r",
-        [words, least << 16],
-        dtype=tl.float32,
-        is_pure=True,
-        pack=1,
-    )
-
-
-@triton.jit
 def zero_below(p, numbers, least):
     """p where 15-bit numbers, whose first bit cannot tell, are at least `least`, 0 elsewhere."""
     return tl.where((numbers & 0x7FFF) >= least, p, 0.0)
@@ -77,14 +58,61 @@ def zero_below_in_pairs(p, numbers, least):
     )
 
 
+@triton.jit
+def score_gradient(p, dp, delta, numbers, least):
+    """p * (dp - delta), with dp 0 where numbers are below `least`."""
+    return p * (tl.where((numbers & 0x7FFF) >= least, dp, 0.0) - delta)
+
+
+@triton.jit
+def score_gradient_in_pairs(p, dp, delta, numbers, least):
+    """The same: one comparison for two elements makes the predicates that p * dp is added under."""
+    return tl.inline_asm_elementwise(
+        """{
+        .reg .pred k, l; .reg .b32 n; .reg .f32 x, y;
+        abs.f16x2 n, $8; setp.geu.f16x2 k|l, n, $9;
+        neg.f32 x, $6; mul.f32 x, $2, x; @k fma.rn.f32 x, $2, $4, x;
+        neg.f32 y, $7; mul.f32 y, $3, y; @l fma.rn.f32 y, $3, $5, y;
+        mov.b32 $0, x; mov.b32 $1, y;
+        }""",
+        "=r,=r,r,r,r,r,r,r,r,r",
+        [p, dp, delta, numbers, least],
+        dtype=tl.float32,
+        is_pure=True,
+        pack=2,
+    )
+
+
+@triton.jit
+def own_halves(own, other, odd):
+    """Of two words the halves of a key that is odd or not, the word of an even query below that of
+    an odd one. `own` is the word of the query that is as odd as the key."""
+    even = (own & 0xFFFF) | (other << 16)
+    return tl.where(odd != 0, (other >> 16) | (own & 0xFFFF0000), even)
+
+
+@triton.jit
+def own_halves_at_once(own, other, odd):
+    """The same in one instruction."""
+    return tl.inline_asm_elementwise(
+        "prmt.b32 $0, $1, $2, $3;",
+        "=r,r,r,r",
+        [own, other, tl.where(odd != 0, 0x3276, 0x5410)],
+        dtype=tl.uint32,
+        is_pure=True,
+        pack=1,
+    )
+
+
 class Dropout(NamedTuple):
     rng_state: Any  # (2,) int64: seed, offset
     threshold: Any  # float, 32768 p: numbers below are dropped
     rescale: Any  # 1 / (1 - p); 1 where all are dropped
     heads: Any  # opaque
     multiply: Any = multiply
-    factors: Any = factors
     zero_below: Any = zero_below
+    score_gradient: Any = score_gradient
+    own_halves: Any = own_halves
 
 
 @triton.jit
@@ -98,9 +126,8 @@ def philox(multiply, c0, c1, key):
 
 
 @triton.jit
-def draw_words(dropout, at, q_groups, k_groups, left=None):
-    """The four words of the Philox blocks at (q_group, k_group), broadcast together; shifted to the
-    left by `left` bits, which two of them need be for all four to be."""
+def draw_two_words(dropout, at, q_groups, k_groups):
+    """The words of the Philox blocks at (q_group, k_group), broadcast together."""
     seed = tl.load(dropout.rng_state).to(tl.uint64)
     offset = tl.load(dropout.rng_state + 1).to(tl.uint64)
     head = tl.cast(at.batch * number(dropout.heads) + at.head, tl.uint32)
@@ -108,67 +135,130 @@ def draw_words(dropout, at, q_groups, k_groups, left=None):
     u, v = philox(multiply, low, high, (offset & 0xFFFFFFFF).to(tl.uint32))
     start, key = philox(multiply, u ^ head, v, (offset >> 32).to(tl.uint32))
     zero = q_groups * 0 + k_groups * 0
-    w0, w1 = philox(dropout.multiply, q_groups + start + zero, k_groups + zero, key)
-    if left is not None:
-        w0, w1 = w0 << left, w1 << left
-    return w0, w1, w0 * 257 + w1, w1 * 255 + w0
+    return philox(dropout.multiply, q_groups + start + zero, k_groups + zero, key)
 
 
 @triton.jit
-def to_upper_half(k):
-    """By how many bits the number of an even or odd k is below its word's upper half."""
-    return (16 - k % 2 * 16).to(tl.uint32)
+def two_more_words(w0, w1):
+    return w0 * 257 + w1, w1 * 255 + w0
+
+
+@triton.jit
+def draw_words(dropout, at, q_groups, k_groups):
+    """The four words of the Philox blocks at (q_group, k_group), broadcast together."""
+    w0, w1 = draw_two_words(dropout, at, q_groups, k_groups)
+    w2, w3 = two_more_words(w0, w1)
+    return w0, w1, w2, w3
+
+
+@triton.jit
+def split_words(words):
+    """The halves of four words by (word % 2, word // 2, half), behind their own dimensions."""
+    w0, w1, w2, w3 = words
+    words = tl.join(tl.join(w0, w1), tl.join(w2, w3))
+    return tl.join(words.to(tl.uint16), (words >> 16).to(tl.uint16))
 
 
 @triton.jit
 def words_queries_by_keys(dropout, at, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The words of a tile whose origin is a multiple of 16: an element's number is in the half that
-    its k is even or odd by."""
-    q_groups = (at.first_q // 2 + tl.arange(0, BLOCK_M // 2)).to(tl.uint32)  # 8 a + r
-    k_groups = (at.first_k // 4 + tl.arange(0, BLOCK_N // 4)).to(tl.uint32)  # 4 c + t
-    w0, w1, w2, w3 = draw_words(dropout, at, q_groups[:, None], k_groups[None, :])
-    words = tl.join(tl.join(w0, w1), tl.join(w2, w3))
-    words = tl.join(words, words)  # (8 a + r, 4 c + t, g, h, b)
-    words = tl.reshape(words, [BLOCK_M // 16, 8, BLOCK_N // 16, 4, 2, 2, 2])
-    words = tl.permute(words, [0, 5, 1, 2, 4, 3, 6])  # a h r, c g t b
-    return tl.reshape(words, [BLOCK_M, BLOCK_N])
+    """The words of a tile whose origin is a multiple of 16, (8 a + r, 4 c + t) each."""
+    q_groups = (at.first_q // 2 + tl.arange(0, BLOCK_M // 2)).to(tl.uint32)
+    k_groups = (at.first_k // 4 + tl.arange(0, BLOCK_N // 4)).to(tl.uint32)
+    return draw_words(dropout, at, q_groups[:, None], k_groups[None, :])
 
 
 @triton.jit
-def kept_queries_by_keys(dropout, at, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """1 where elements of a tile are kept, 0 where they are dropped: fp32."""
-    words = words_queries_by_keys(dropout, at, BLOCK_M, BLOCK_N)
-    words = words << to_upper_half(tl.arange(0, BLOCK_N))[None, :]
-    return dropout.factors(words, tl.cast(dropout.threshold, tl.uint32))
+def numbers_queries_by_keys(words, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """A tile's numbers: uint16, whose first bit is no part of them."""
+    numbers = split_words(words)  # 8 a + r, 4 c + t, g, h, b
+    numbers = tl.reshape(numbers, [BLOCK_M // 16, 8, BLOCK_N // 16, 4, 2, 2, 2])
+    numbers = tl.permute(numbers, [0, 5, 1, 2, 4, 3, 6])  # a h r, c g t b
+    return tl.reshape(numbers, [BLOCK_M, BLOCK_N])
 
 
 @triton.jit
-def kept_keys_by_queries(dropout, at, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The transpose. k and k + 1 are in different threads here, so that each draws the block and
-    uses four of its numbers: twice the arithmetic, but no exchange through shared memory."""
-    q_groups = (at.first_q // 2 + tl.arange(0, BLOCK_M // 2)).to(tl.uint32)  # 8 a + r
-    pairs = (at.first_k // 2 + tl.arange(0, BLOCK_N // 2)).to(tl.uint32)  # 8 c + 2 t + b
-    w0, w1, w2, w3 = draw_words(dropout, at, q_groups[None, :], (pairs // 2)[:, None],
-                                to_upper_half(pairs)[:, None])  # fmt: skip
-    words = tl.join(tl.join(w0, w1), tl.join(w2, w3))
-    words = tl.reshape(words, [BLOCK_N // 16, 8, BLOCK_M // 16, 8, 2, 2])
-    words = tl.permute(words, [0, 4, 1, 2, 5, 3])  # c g (2 t + b), a h r
-    words = tl.reshape(words, [BLOCK_N, BLOCK_M])
-    return dropout.factors(words, tl.cast(dropout.threshold, tl.uint32))
+def neighbours(words):
+    """What the next row has, or of an odd row the one before: a sum of both, less one's own. Where
+    they are in two threads, Triton sums by a shuffle, and that is all that is left of it."""
+    ROWS: tl.constexpr = words.shape[0]
+    COLUMNS: tl.constexpr = words.shape[1]
+    pairs = tl.reshape(words, [ROWS // 2, 2, COLUMNS])
+    return tl.reshape(tl.sum(pairs, 1)[:, None, :] - pairs, [ROWS, COLUMNS])
 
 
 @triton.jit
-def drop_queries_by_keys(dropout, p, at, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """p where it is kept, 0 elsewhere."""
-    words = words_queries_by_keys(dropout, at, BLOCK_M, BLOCK_N)
-    k = tl.arange(0, BLOCK_N)[None, :]
-    return drop(dropout, p, (words >> (k % 2 * 16).to(tl.uint32)).to(tl.uint16))
+def words_keys_by_queries(dropout, at, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The transpose: words of the halves of q = 2 u and 2 u + 1, (8 c + 2 t + b, 4 a + u) each.
+
+    k and k + 1 are in different threads here, and need the blocks of both q: each draws one of
+    them, and they exchange the words.
+    """
+    keys = (at.first_k // 2 + tl.arange(0, BLOCK_N // 2)).to(tl.uint32)[:, None]
+    queries = (at.first_q // 2 + tl.arange(0, BLOCK_M // 4) * 2).to(tl.uint32)[None, :]
+    b = keys % 2
+    w0, w1 = draw_two_words(dropout, at, queries + b, keys // 2)
+    v0, v1 = neighbours(w0), neighbours(w1)
+    w2, w3 = two_more_words(w0, w1)
+    v2, v3 = two_more_words(v0, v1)
+    return (dropout.own_halves(w0, v0, b), dropout.own_halves(w1, v1, b),
+            dropout.own_halves(w2, v2, b), dropout.own_halves(w3, v3, b))  # fmt: skip
+
+
+@triton.jit
+def numbers_keys_by_queries(words, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    numbers = split_words(words)  # 8 c + 2 t + b, 4 a + u, g, h, r % 2
+    numbers = tl.reshape(numbers, [BLOCK_N // 16, 8, BLOCK_M // 16, 4, 2, 2, 2])
+    numbers = tl.permute(numbers, [0, 4, 1, 2, 5, 3, 6])  # c g (2 t + b), a h r
+    return tl.reshape(numbers, [BLOCK_N, BLOCK_M])
+
+
+@triton.jit
+def draw_queries_by_keys(variant, schedule, i, at, PART: tl.constexpr, TILE: tl.constexpr):
+    """The numbers of the i-th block of keys of a part, or () without dropout.
+
+    Mainloops draw a block ahead, behind their last product: the tensor cores are at it for longer
+    than Philox takes, and nothing else waits for them there.
+    """
+    if len(variant.dropouts) == 0:
+        return ()
+    else:
+        first = block_start(variant.blocks, schedule, i, PART, TILE.block_n)
+        here = At(at.batch, at.head, at.first_q, first, at.q_idx, at.k_idx, at.q, at.k)
+        return words_queries_by_keys(variant.dropouts[0], here, TILE.block_m, TILE.block_n)
+
+
+@triton.jit
+def draw_keys_by_queries(variant, schedule, i, at, PART: tl.constexpr, TILE: tl.constexpr):
+    """The same for a block of queries, where keys are the rows."""
+    if len(variant.dropouts) == 0:
+        return ()
+    else:
+        first = block_start(variant.blocks, schedule, i, PART, TILE.block_m)
+        here = At(at.batch, at.head, first, at.first_k, at.q_idx, at.k_idx, at.q, at.k)
+        return words_keys_by_queries(variant.dropouts[0], here, TILE.block_m, TILE.block_n)
+
+
+@triton.jit
+def least_number(dropout):
+    return tl.cast(dropout.threshold, tl.uint32).to(tl.uint16)
 
 
 @triton.jit
 def drop(dropout, p, numbers):
-    least = tl.cast(dropout.threshold, tl.uint32).to(tl.uint16)
+    """p where it is kept, 0 elsewhere."""
     if p.dtype.primitive_bitwidth == 16:
-        return dropout.zero_below(p, numbers, least)
+        return dropout.zero_below(p, numbers, least_number(dropout))
     else:
-        return zero_below(p, numbers, least)
+        return zero_below(p, numbers, least_number(dropout))
+
+
+@triton.jit
+def drop_score_gradient(dropout, p, dp, delta, numbers):
+    """p * (dp - delta), with dp 0 where p is dropped; delta broadcasts to the block."""
+    return dropout.score_gradient(p, dp, delta, numbers, least_number(dropout))
+
+
+@triton.jit
+def drop_queries_by_keys(dropout, p, at, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    words = words_queries_by_keys(dropout, at, BLOCK_M, BLOCK_N)
+    return drop(dropout, p, numbers_queries_by_keys(words, BLOCK_M, BLOCK_N))

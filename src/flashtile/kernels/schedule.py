@@ -94,14 +94,16 @@ def block_count(schedule, PART: tl.constexpr):
 
 @triton.jit
 def block_start(blocks, schedule, i, PART: tl.constexpr, BLOCK: tl.constexpr):
-    """First index of the i-th block of a part."""
+    """First index of the i-th block of a part; any where there is none such."""
     if PART == RUN:
         return schedule.full_lo + i * BLOCK
     elif blocks is not None:
         split: tl.constexpr = LIST_BLOCK // BLOCK
         at = i // split if PART == PARTIAL else number(blocks.blocks) - 1 - i // split
         inner = (i - i // split * split) * BLOCK
-        return tl.load(blocks.entries + schedule.row + at) * LIST_BLOCK + inner
+        entry = tl.load(blocks.entries + schedule.row + at, mask=i < block_count(schedule, PART),
+                        other=0)  # fmt: skip
+        return entry * LIST_BLOCK + inner
     else:
         left, right = schedule.lo + i * BLOCK, schedule.full_hi + (i - schedule.left) * BLOCK
         return tl.where(i < schedule.left, left, right)

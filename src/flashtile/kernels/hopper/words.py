@@ -5,7 +5,7 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from flashtile.kernels.dropout import draw_words
+from flashtile.kernels.dropout import draw_two_words, draw_words, two_more_words
 from flashtile.kernels.hopper import layouts
 
 
@@ -34,7 +34,9 @@ def dropped_queries(dropout, at, BLOCK_M: gl.constexpr):
     q_groups = (at.first_q // 2 + gl.arange(0, BLOCK_M // 2, gl.AutoLayout())).to(gl.uint32)
     pairs = (at.first_k // 2 + gl.arange(0, ROWS // 2, gl.AutoLayout())).to(gl.uint32)
     left = (17 - pairs % 2 * 16)[:, None]
-    w0, w1, w2, w3 = draw_words(dropout, at, q_groups[None, :], (pairs // 2)[:, None], left)
+    w0, w1 = draw_two_words(dropout, at, q_groups[None, :], (pairs // 2)[:, None])
+    w0, w1 = w0 << left, w1 << left
+    w2, w3 = two_more_words(w0, w1)
     words = gl.join(gl.join(w0, w1), gl.join(w2, w3))  # 8 c + 2 t + b, 8 a + r, g, h
     words = words.reshape(ROWS // 16, 8, BLOCK_M // 16, 8, 2, 2)
     words = words.permute(0, 4, 1, 2, 5, 3).reshape(ROWS, BLOCK_M)  # c g t b, a h r
