@@ -55,7 +55,9 @@ def test_what_the_kernel_cannot_do_is_said() -> None:
 
 def test_what_the_backward_leaves_to_the_portable_kernels() -> None:
     packed = {"layout": "varlen", "features": frozenset({"seqused_q", "seqused_k"})}
-    for problem in (LLAMA, replace(LLAMA, **packed)):  # type: ignore[arg-type]
+    small = {"head_dim": 64, "head_dim_v": 64}
+    capped = {**small, "features": frozenset({"softcap", "alibi_slopes"})}
+    for problem in (LLAMA, replace(LLAMA, **packed), replace(LLAMA, **capped)):  # type: ignore[arg-type]
         assert cannot_backward(problem) is None
     for changes, reason in (
         ({"head_dim": 264, "head_dim_v": 264}, "not 264 and 264"),
@@ -66,8 +68,8 @@ def test_what_the_backward_leaves_to_the_portable_kernels() -> None:
         ({"features": frozenset({"bias"})}, "registers for a bias"),
         ({"features": frozenset({"attn_mask", "float_mask"})}, "registers for a float_mask"),
         ({"features": frozenset({"score_mod", "dropout"})}, "slopes"),
-        ({"head_dim": 64, "head_dim_v": 64, "features": frozenset({"softcap"})}, "registers"),
-        ({"head_dim": 64, "head_dim_v": 64, "features": frozenset({"attn_mask"})}, "registers"),
+        ({**small, "features": frozenset({"softcap", "dropout"})}, "for dropout and softcap at"),
+        ({**small, "features": frozenset({"softcap", "attn_mask"})}, "for attn_mask and softcap"),
     ):
         problem = replace(LLAMA, **changes)  # type: ignore[arg-type]
         assert reason in (cannot_backward(problem) or "")
