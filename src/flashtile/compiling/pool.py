@@ -117,6 +117,8 @@ def _pool(workers: int, cache: str | None) -> ProcessPoolExecutor:
 def _start(cache: str | None) -> None:
     from triton import knobs  # noqa: PLC0415
 
+    if knobs.compilation.store_binary_only:  # what is kept already has no assembly to be read
+        knobs.compilation.store_binary_only, knobs.compilation.always_compile = False, True
     if cache is not None:
         knobs.cache.dir = cache
         knobs.compilation.always_compile = True
