@@ -63,6 +63,7 @@ def test_flops_count_what_is_seen() -> None:
     assert of("full") == 4.0 * 2 * 4 * 256**2 * 32
     assert of("causal") == of("softcap") == of("full") / 2
     assert of("causal", "bwd") == 2.5 * of("causal")
+    assert of("window full") == of("window")
     assert of("window") == 4.0 * 2 * 4 * 32 * sum(min(i + 1, 17) for i in range(256))
     assert of("documents") == 4.0 * 4 * 32 * sum(n * n for n in document_lengths(256))
 

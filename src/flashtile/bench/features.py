@@ -79,6 +79,11 @@ def window(cell: Cell, device: torch.device) -> Work:
     return _masked(cell, device, "causal", sees, {"causal": True, "window_size": (left, 0)})
 
 
+def window_full(cell: Cell, device: torch.device) -> Work:
+    """Against attention that sees everything, where causal attention has dropped half of it."""
+    return window(cell, device)._replace(baseline=replace(cell, feature="full"))
+
+
 def window_left(cell: Cell) -> int:
     """A sixteenth of the sequence: 1,024 keys to the left at 16,384 tokens."""
     return cell.seqlen // 16
@@ -282,6 +287,7 @@ FEATURES: dict[str, Callable[[Cell, torch.device], Work]] = {
     "full": full,
     "causal": causal,
     "window": window,
+    "window full": window_full,
     "softcap": softcap,
     "alibi": alibi,
     "dropout": dropout,
