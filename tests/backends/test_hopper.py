@@ -261,7 +261,7 @@ def test_addresses_of_caches(layout: str, heads: int) -> None:
     x = _pool(layout, heads, 64)
     assert strides.alike(x, x)
     steps = strides.Steps.of(x)
-    found = tensormaps.slot_map(x, 16, 64, steps)
+    found = tensormaps.slot_map(x, 16, 64, 64, steps)
     for page, head, first, left in ((0, 0, 0, 16), (5, heads - 1, 16, 7), (3, heads // 2, 8, 1)):
         unit = page * steps.batch + head * steps.head
         for i in (0, left - 1):
@@ -272,6 +272,25 @@ def test_addresses_of_caches(layout: str, heads: int) -> None:
                                    - x.storage_offset())  # fmt: skip
         assert tensormaps.END - left + left == found.shape[3]
     assert all(s % 8 == 0 and 2 * s < 2**40 for s in found.strides[:-1])
+
+
+@pytest.mark.parametrize(("dim", "dim_v"), [(64, 128), (128, 64), (64, 256), (96, 128), (64, 64)])
+@pytest.mark.parametrize("page", [0, 16])
+def test_columns_past_a_head_are_past_the_maps_end(dim: int, dim_v: int, page: int) -> None:
+    """Behind a head lies the next one, and behind the last the next slot, which may hold NaN."""
+    k, v = (_half(6, page or 512, 2, n) for n in (dim, dim_v))
+    paged = {"block_table": torch.zeros(1, 32, dtype=torch.int32)} if page else {}
+    q, used = _half(1 if page else 6, 1000, 4, dim), torch.ones(6, dtype=torch.int32)
+    call = normalise(q, k, v, seqused_k=used[: q.shape[0]], **paged)
+    chosen = plan(replace(describe(call), device="cuda"), SM_90)
+    tile, out = chosen.hopper, _half(*q.shape[:-1], dim_v)
+    assert tile is not None
+    launch = hopper.forward_launch(call, chosen, out, torch.empty(call.lse_shape))
+    for x, found, padded in zip(
+        (k, v), launch.arguments[1:3], (tile.padded, tile.padded_v), strict=True
+    ):
+        assert found.base is x
+        assert padded == x.shape[-1] or found.shape[-1] == x.shape[-1]
 
 
 def test_caches_that_tma_cannot_address_are_the_portable_kernels() -> None:

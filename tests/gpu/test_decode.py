@@ -58,6 +58,20 @@ def test_pages_and_queries(seqlen_q: int, page: int) -> None:
     _assert_right(q, caches, keywords | {"causal": True})
 
 
+@pytest.mark.parametrize("narrow", ["k", "v"])
+@pytest.mark.parametrize("seqlen_q", [1, 200])
+def test_pages_of_heads_narrower_than_the_tile(seqlen_q: int, narrow: str) -> None:
+    """64 columns, as many as are read of a page at once: behind them lies the next head."""
+    torch.manual_seed(0)
+    (k, v), keywords = _cache(16, 128, torch.bfloat16)
+    if narrow == "k":
+        k = k[..., :64].contiguous()
+    else:
+        v = v[..., :64].contiguous()
+    q = torch.randn(len(LENGTHS), seqlen_q, HEADS, k.shape[-1], device="cuda").to(torch.bfloat16)
+    _assert_right(q, [k, v], keywords)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("dim", [40, 64, 96, 256, 512])
 def test_head_dims(dim: int, dtype: torch.dtype) -> None:

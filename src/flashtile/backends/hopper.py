@@ -113,9 +113,13 @@ def key_maps(
     if not call.held:
         return seq, _maps(ragged_k(call), tile.block_n, (k, tile.padded), (v, tile.padded_v))
     steps, rows, widths = Steps.of(k), tile.block_n, (tile.padded, tile.padded_v)
+    columns = widths
     if call.sequences.block_table is not None:
-        rows, widths = min(rows, k.shape[1]), (PAGE_COLUMNS, PAGE_COLUMNS)
-    maps = [slot_map(x, rows, width, steps) for x, width in zip((k, v), widths, strict=True)]
+        rows, columns = min(rows, k.shape[1]), (PAGE_COLUMNS, PAGE_COLUMNS)
+    maps = [
+        slot_map(x, rows, width, padded, steps)
+        for x, width, padded in zip((k, v), columns, widths, strict=True)
+    ]
     return seq._replace(steps=tuple(map(opaque, steps))), maps
 
 

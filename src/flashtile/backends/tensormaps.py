@@ -49,11 +49,13 @@ def tensor_map(x: Tensor, rows: int, padded: int, folded: bool) -> TensorDescrip
     return TensorDescriptor(x, shape, strides, block, _shared(tuple(block), x.dtype))
 
 
-def slot_map(x: Tensor, rows: int, padded: int, steps: Steps) -> TensorDescriptor:
+def slot_map(x: Tensor, rows: int, columns: int, padded: int, steps: Steps) -> TensorDescriptor:
     """A ragged map of a (batch, token, head, dim) tensor of any strides, a cache or a pool of
-    pages: the coordinate of a head counts units, and that of a row is in its sequence or page."""
+    pages: the coordinate of a head counts units, and that of a row is in its sequence or page.
+    `columns` of a tile's `padded` ones are read at once."""
     per_token = x.stride(1) if x.shape[1] > 1 else ALIGNED
-    return _ragged(x, rows, padded, steps.count(x), steps.unit(x), per_token)
+    unclipped = columns == padded and folds(x, padded)
+    return _ragged(x, rows, columns, steps.count(x), steps.unit(x), per_token, unclipped)
 
 
 def ragged_map(x: Tensor, rows: int, padded: int) -> TensorDescriptor:
@@ -65,17 +67,17 @@ def ragged_map(x: Tensor, rows: int, padded: int) -> TensorDescriptor:
     )
     if x.shape[-3] == 1:
         per_token = batch  # one token a sequence: from one to the next
-    return _ragged(x, rows, padded, x.shape[-2], per_head, per_token)
+    return _ragged(x, rows, padded, x.shape[-2], per_head, per_token, folds(x, padded))
 
 
 def _ragged(
-    x: Tensor, rows: int, padded: int, heads: int, per_head: int, per_token: int
+    x: Tensor, rows: int, columns: int, heads: int, per_head: int, per_token: int, unclipped: bool
 ) -> TensorDescriptor:
-    # Where a head is as wide as the tile nothing is left to clip.
-    columns = x.shape[-2] * padded if folds(x, padded) else x.shape[-1]
-    shape = [heads, MOST, MOST, END, columns]
+    """unclipped: a head is as wide as the tile, and nothing behind it is read."""
+    width = x.shape[-2] * columns if unclipped else x.shape[-1]
+    shape = [heads, MOST, MOST, END, width]
     strides = [per_head, 2**34 - per_token, per_token, per_token, 1]
-    block = [1, 1, 1, rows, padded]
+    block = [1, 1, 1, rows, columns]
     return TensorDescriptor(x, shape, strides, block, _shared(tuple(block), x.dtype))
 
 
