@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from flashtile import flash_attn_varlen_func, flash_attn_with_kvcache, reference
+from flashtile import flash_attn_varlen_func, flash_attn_with_kvcache, ops, reference
 from flashtile.testing import (
     Case,
     Problem,
@@ -54,6 +54,25 @@ def test_lengths_tables_and_sinks_of_any_stride(names: tuple[str, ...]) -> None:
     assert_matches_reference(
         problem._replace(tensors=problem.tensors | leaves, keywords=problem.keywords | strided)
     )
+
+
+@pytest.mark.parametrize("name", ["cu_seqlens_k", "seqused_k"])
+def test_keys_past_a_tables_end_are_not_read(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where lengths are on a GPU nobody has looked at them before the kernel."""
+    monkeypatch.setattr(ops.values, "check", lambda call: None)
+    problem = _packed(((20, 18), (3, 20)), page_size=4)
+    table = problem.keywords["block_table"][:, :5].contiguous()
+    fitting = {"cu_seqlens_k": _ints(0, 18, 38), "seqused_k": _ints(18, 20)}[name]
+    outs = []
+    for lengths in (fitting, fitting + 15 * (fitting >= fitting.max())):
+        keywords = problem.keywords | {"block_table": table, name: lengths.int()}
+        if name == "seqused_k":
+            keywords["cu_seqlens_k"] = None
+        outs.append(flash_attn_varlen_func(
+            **problem.tensors, max_seqlen_q=20, max_seqlen_k=20, **keywords
+        ))  # fmt: skip
+    assert torch.equal(*outs)
+    assert outs[0].isfinite().all()
 
 
 def _in_use(cu_seqlens: Tensor, counts: tuple[int, ...], total: int) -> Tensor:

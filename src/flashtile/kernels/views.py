@@ -102,6 +102,7 @@ def open_sequence(seq, batch):
         length = tl.where(last, 0, room)
     if seq.table is not None:
         start = 0
+        length = tl.minimum(length, number(seq.length))
     if seq.used is not None:
         used = tl.load(seq.used + batch, mask=batch < number(seq.batch), other=0)
         length = tl.minimum(used, number(seq.length) if seq.table is not None else room)
