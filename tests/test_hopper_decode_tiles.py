@@ -39,6 +39,7 @@ STREAMED = frozenset({"seqused_k", "softcap", "alibi_slopes"})
         ({"features": frozenset({"tree_mask"})}, "has no tree_mask"),
         ({"features": frozenset({"scattered_cache"})}, "reads caches by TMA"),
         ({"seqlen_k": 255}, "fewer than 256 keys"),
+        ({"batch": 8192, "seqlen_k": 2**20, "page_size": 16}, "blocks of keys in 32 bits"),
     ],
     ids=lambda value: "several features" if value == {"features": STREAMED} else str(value),
 )

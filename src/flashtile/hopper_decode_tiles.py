@@ -19,6 +19,9 @@ SCANS = (32, 128, 1024)
 PAIR_BYTES = 32_768
 """Of a block of keys and one of values."""
 
+MOST_BLOCKS = 2**30
+"""Of keys in a launch, of which each program's share is rounded up."""
+
 PROGRAMS_PER_SM = 2
 """One computes while the other waits."""
 
@@ -63,6 +66,8 @@ def cannot_stream(problem: AttentionProblem) -> str | None:
         reason = f"needs pages of a multiple of 16 tokens, these are of {p.page_size}"
     elif p.latent:
         reason = "has no latent cache"
+    elif p.batch * p.kv_heads * (p.seqlen_k // decode_tile(p).block_n + 2) >= MOST_BLOCKS:
+        reason = "counts blocks of keys in 32 bits"
     return reason
 
 
