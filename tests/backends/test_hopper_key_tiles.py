@@ -49,7 +49,10 @@ LANGUAGE = SimpleNamespace(
 @pytest.fixture(autouse=True)
 def _on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     for module, names in (
-        (key_tiles, ("find_keys", "start_walk", "go_on", "row_of", "block_of", "first_block")),
+        (
+            key_tiles,
+            ("find_keys", "_blocks_of", "start_walk", "go_on", "row_of", "block_of", "first_block"),
+        ),
         (query_gradients, ("first_tile",)),
         (query_lists, ("open_list", "place_of", "row_there")),
     ):
@@ -224,6 +227,20 @@ def test_a_tile_waits_for_all_tiles_before_it_and_for_no_others(name: str, parts
             assert step.before == added[step.block]
         added.update(x.block for x in steps)
         assert len({x.block for x in steps}) == len(steps)
+
+
+def test_ranges_are_asked_for_keys_that_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A user's function reads what it has for a sequence, and there is one less than are opened."""
+    blocks_of = key_tiles._blocks_of
+
+    def asked(masks: Any, key: Any, q_span: Any, k_span: Any, tile: Any) -> Any:
+        assert key < k_span.length
+        return blocks_of(masks, key, q_span, k_span, tile)
+
+    monkeypatch.setattr(key_tiles, "_blocks_of", asked)
+    arguments, keywords = CALLS["packed"]
+    call = _call(*arguments, **keywords)
+    assert any(_steps(call, backward_tile(describe(call)), 1))
 
 
 def _list(codes: Tensor) -> schedule.BlockList:

@@ -70,6 +70,14 @@ def find_sequence(seq, slot, BLOCK: gl.constexpr):
 
 
 @gluon.jit
+def _blocks_of(masks, key, q_span, k_span, TILE: gl.constexpr):
+    """(the first, how many) blocks of queries that see a tile of keys."""
+    seen = query_range(masks, key, key + (TILE.block_n - 1), q_span, k_span)
+    first = seen.lo // TILE.block_m
+    return first, gl.maximum(gl.cdiv(seen.hi, TILE.block_m) - first, 0)
+
+
+@gluon.jit
 def find_keys(work, tile, q_seq, k_seq, masks, lists, TILE: gl.constexpr):
     """The KeyTile of a number, with key -1 where a slot of packed sequences is nobody's.
 
@@ -86,10 +94,12 @@ def find_keys(work, tile, q_seq, k_seq, masks, lists, TILE: gl.constexpr):
         batch, kv_head = find_sequence(k_seq, index, BLOCK_N), pair
         index -= gl.load(k_seq.cu_seqlens + batch) // BLOCK_N + batch
     key, k_span = index * BLOCK_N, open_sequence(k_seq, batch)
-    if lists is None:
-        seen = query_range(masks, key, key + (BLOCK_N - 1), open_sequence(q_seq, batch), k_span)
-        first = seen.lo // BLOCK_M
-        blocks = gl.maximum(gl.cdiv(seen.hi, BLOCK_M) - first, 0)
+    if lists is None and k_seq.cu_seqlens is None:
+        first, blocks = _blocks_of(masks, key, open_sequence(q_seq, batch), k_span, TILE)
+    elif lists is None:
+        first, blocks = 0, 0
+        if key < k_span.length:  # else the sequence may be one more than there are
+            first, blocks = _blocks_of(masks, key, open_sequence(q_seq, batch), k_span, TILE)
     else:
         head, first = kv_head * pinned(work.heads.group), 0
         s = schedule_list(lists, batch, head, key, k_span.length, BLOCK_M)
