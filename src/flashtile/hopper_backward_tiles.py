@@ -28,6 +28,11 @@ bytes in four parts. One alone gains (H200, 16k tokens, portable / these, ms): s
 LISTED = frozenset({"attn_mask", "document_ids"})
 """Masks that lists of blocks come of."""
 
+UNORDERED = LISTED | {"mask_mod"}
+"""Masks whose blocks are not those of a band: of a user's `keys` and `queries` each is a bound of
+its own, or not given, and what waits for the tiles of one may wait for a tile that the other skips.
+"""
+
 
 @dataclass(frozen=True)
 class HopperBackwardTile:
@@ -80,8 +85,8 @@ def cannot_backward(problem: AttentionProblem, deterministic: bool = False) -> s
         reason = f"does not do {missing[0]} yet"
     elif added := sorted(problem.features & ADDED):
         reason = f"has no registers for a {added[0]}"
-    elif deterministic and problem.features & LISTED:
-        reason = "adds dQ in order only where masks are ranges"
+    elif deterministic and problem.features & UNORDERED:
+        reason = "adds dQ in order only under a causal mask or a window"
     elif problem.features >= {"dropout", "score_mod"}:
         reason = "does dropout only with slopes that are not below 0"
     elif head_dim <= DIMS[0] and len(crowded := sorted(problem.features & CROWDED)) > 1:
@@ -128,8 +133,9 @@ def _schedule(problem: AttentionProblem, padded: int) -> dict[str, Any]:
         return {"lags": True, "persistent": dense}
     if problem.window_left < 0 and problem.window_right < 0:
         return {"lags": True, "persistent": dense}
-    if dense and problem.seqlen_k <= SHORT:
+    ordered = dense and "mask_mod" not in problem.features
+    if ordered and problem.seqlen_k <= SHORT:
         return {"skips": True, "adds": "after the first"}
-    if dense and problem.window_left < 0 and padded == DIMS[0]:
+    if ordered and problem.window_left < 0 and padded == DIMS[0]:
         return {"lags": True, "adds": "after the first"}
     return {"lags": True, "skips": padded == DIMS[0]}

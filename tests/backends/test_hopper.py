@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from typing import Any
 
@@ -73,10 +74,13 @@ def test_what_the_backward_leaves_to_the_portable_kernels() -> None:
     ):
         problem = replace(LLAMA, **changes)  # type: ignore[arg-type]
         assert reason in (cannot_backward(problem) or "")
-    for feature in ("document_ids", "attn_mask"):
-        masked = replace(LLAMA, features=frozenset({feature}))
-        assert cannot_backward(masked) is None
-        assert "in order" in (cannot_backward(masked, deterministic=True) or "")
+    for feature in ("document_ids", "attn_mask", "mask_mod"):
+        for dim, tokens in itertools.product((64, 128, 256), (512, 4096)):
+            sizes = {"head_dim": dim, "head_dim_v": dim, "seqlen_q": tokens, "seqlen_k": tokens}
+            masked = replace(LLAMA, features=frozenset({feature}), **sizes)
+            assert cannot_backward(masked) is None
+            assert backward_tile(masked).adds == "in any order"
+            assert "in order" in (cannot_backward(masked, deterministic=True) or "")
 
 
 def test_tiles_fit_and_do_not_depend_on_lengths_alone() -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from flashtile import MaskFunction, flash_attn_func
 from flashtile.testing import Case, assert_matches_reference
-from flashtile.testing.functions import bending, prefixed
+from flashtile.testing.functions import bending, prefixed, remembering
 
 LENGTHS = ((1, 1), (64, 63), (130, 300), (0, 5), (7, 0), (257, 257))
 
@@ -49,6 +49,18 @@ def test_functions(name: str, dim: int) -> None:
     for shape in ({"seqlen_q": 300, "seqlen_k": 517}, {"lengths": LENGTHS}):
         case = Case(name, **shape, heads=4, kv_heads=2, head_dim=dim,  # type: ignore[arg-type]
                     features=_features(name))  # fmt: skip
+        assert_matches_reference(case.draw(dim, torch.bfloat16, "cuda"))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_bounds_of_one_side_alone(dim: int, deterministic: bool, causal: bool) -> None:
+    """What a tile of keys waits for may be computed from the other side's bounds: it hung here."""
+    for tokens in (450, 900):
+        case = Case("remembering", tokens, tokens, heads=4, kv_heads=2, head_dim=dim,
+                    features={"mask_mod": remembering(), "causal": causal,
+                              "deterministic": deterministic})  # fmt: skip
         assert_matches_reference(case.draw(dim, torch.bfloat16, "cuda"))
 
 

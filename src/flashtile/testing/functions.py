@@ -70,6 +70,22 @@ def _strided(at: Any, args: tuple[Tensor, ...]) -> Tensor:
     return (at.k_idx + at.head) % 3 != 1
 
 
+@triton.jit
+def recent(at, args):
+    """The first four keys, and those less than 200 before a query."""
+    return (at.k_idx < 4) | (at.q_idx - at.k_idx < 200)
+
+
+@triton.jit
+def recent_queries(first, last, q, k, args):
+    return Range(0, 0, tl.where(first < 4, 2147483647, first + 200),
+                 tl.where(first < 4, 2147483647, last + 200))  # fmt: skip
+
+
+def _recent(at: Any, args: tuple[Tensor, ...]) -> Tensor:
+    return (at.k_idx < 4) | (at.q_idx - at.k_idx < 200)
+
+
 def bending(gain: Tensor) -> ScoreFunction:
     """A score function that depends on head, distance and a tensor (heads,)."""
     return ScoreFunction(bent, bent_slope, (gain,), (_bent, _bent_slope))
@@ -80,6 +96,12 @@ def prefixed(counts: Tensor, ranges: bool) -> MaskFunction:
     bounds by which whole blocks are skipped."""
     bounds = (prefix_keys, prefix_queries) if ranges else (None, None)
     return MaskFunction(prefix, (counts,), *bounds, eager=_prefix)
+
+
+def remembering() -> MaskFunction:
+    """A window and the first keys, with a bound of the queries that see keys and none of the keys
+    that queries see: the one says nothing of the other."""
+    return MaskFunction(recent, queries=recent_queries, eager=_recent)
 
 
 def striding() -> MaskFunction:
