@@ -44,16 +44,18 @@ def written(
 
     result: from the source of the tensors that there are, and of their addresses. tests: source of
     what must be true besides. names: what these two speak of. The guards see types, sizes, strides,
-    devices, what requires grad where gradients are recorded, transforms and modes of dispatch.
+    devices, what requires grad, transforms and modes of dispatch, but not the mode of recording.
     """
     first = [next(j for j, y in enumerate(tensors) if y is x) for x in tensors]
     given = [i for i, x in enumerate(tensors) if x is not None]
     apart = {i: x for i, x in enumerate(tensors) if x is not None and first[i] == i}
+    recorded = [f"recorded() is {torch.is_grad_enabled()}"]
     every = (
         f"check({_names('t', apart)})",
         *(f"t{i} is None" for i, x in enumerate(tensors) if x is None),
         *(f"t{i} is t{first[i]}" for i in given if first[i] != i),
         *_SWITCHES,
+        *(recorded if any(x.requires_grad for x in apart.values()) else ()),
         *(f"device() == {x.get_device()}" for x in (*apart.values(),)[:1] if x.is_cuda),
         *tests,
     )
@@ -69,6 +71,7 @@ def written(
         "check": TensorGuards(
             *apart.values(), dynamic_dims_sizes=None, dynamic_dims_strides=None
         ).check,
+        "recorded": torch.is_grad_enabled,
         "config": config, "allow_tf32": config.allow_tf32,
         "is_deterministic": torch._C._get_deterministic_algorithms,
         "deterministic": torch._C._get_deterministic_algorithms(),

@@ -426,13 +426,16 @@ def test_autograd_of_a_replay() -> None:
             torch.testing.assert_close(found[:2], torch.autograd.grad(exact, (q, k)))
 
 
+@pytest.mark.parametrize("first", [False, True])
 @pytest.mark.parametrize("return_lse", [False, True])
-def test_recording_tells_calls_apart(return_lse: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The guards see what requires grad only where gradients are recorded."""
+def test_recording_tells_calls_apart(
+    return_lse: bool, first: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever was met first: the guards see what requires grad, not whether it is recorded."""
     q, k, v = _qkv(requires_grad=True)
     with interpreted(capacity=64):
         for turn in range(3):
-            for recorded in (True, False, False, True):
+            for recorded in (first, not first, not first, first):
                 with torch.set_grad_enabled(recorded):
                     found = flash_attn_func(q, k, v, return_lse=return_lse)
                 assert isinstance(found, tuple) == return_lse
@@ -441,6 +444,16 @@ def test_recording_tells_calls_apart(return_lse: bool, monkeypatch: pytest.Monke
             assert flash_attn_func(q.detach(), k.detach(), v.detach()).requires_grad is False
             if turn == 0:
                 monkeypatch.setattr(ops, "forward", _refuse)
+
+
+def test_a_recorded_backward_is_no_replay_of_one_that_was_not() -> None:
+    with interpreted(capacity=64):
+        x, dout = _qkv(requires_grad=True), torch.randn(2, 20, 2, 8)
+        for _ in range(2):
+            torch.autograd.grad(flash_attn_func(*x), x, dout)
+            (dq, *_) = torch.autograd.grad(flash_attn_func(*x), x, dout, create_graph=True)
+            with pytest.raises(RuntimeError, match="flashtile has no second derivative"):
+                dq.sum().backward()
 
 
 def test_saved_tensors_may_come_back_with_other_strides() -> None:

@@ -108,7 +108,7 @@ def _written(
 
     def result(these: str, addresses: str) -> str:
         if recording is not None:
-            return f"record(run, left, ({addresses}, ), {return_lse}, {these})"
+            return f"record(run, left, ({addresses}, ), {bool(return_lse)}, {these})"
         return f"run({these}, {addresses})" + ("" if return_lse else "[0]")
 
     names = {
