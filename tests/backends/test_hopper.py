@@ -16,6 +16,8 @@ from flashtile.backends import hopper, hopper_backward, operands, tensormaps
 from flashtile.explain import explain_problem
 from flashtile.hopper_backward_tiles import backward_tile, cannot_backward
 from flashtile.hopper_tiles import TILES, cannot, forward_tile, padded_dim
+from flashtile.kernels.forward import Variant
+from flashtile.kernels.hopper import block
 from flashtile.kernels.numbers import opaque
 from flashtile.plan import Device, plan
 from flashtile.problem import AttentionProblem, describe
@@ -392,3 +394,18 @@ def test_only_a_small_cap_bounds_the_scores(bounded: bool, keywords: dict[str, A
     call = normalise(q, q, q, **keywords)
     tile = hopper._fitting(forward_tile(describe(call)), call, operands.variant(call, True))
     assert tile.bounded == bounded
+
+
+@pytest.mark.parametrize("masks", [(), ("causal",)], ids=bool)
+def test_any_listed_block_may_end_the_keys(
+    masks: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A float mask has a list and is no mask of the kernel: the block with the last key, and those
+    after it, may come anywhere."""
+    for name in ("block_columns", "first_of"):
+        monkeypatch.setattr(block, name, lambda *_: (0, 0))
+    monkeypatch.setattr(block, "mask_block", lambda *_: "masked")
+    for blocks, last in itertools.product((None, "list"), (True, False)):
+        variant, tile = Variant(masks=masks, blocks=blocks), forward_tile(LLAMA)
+        found = block.modify.fn("scores", variant, None, 0, last, tile)
+        assert found == ("masked" if masks or blocks or last else "scores")

@@ -298,3 +298,19 @@ def test_packed_heads_of_any_strides() -> None:
     for order in ((0, 2, 1, 3), (1, 0, 2, 3), (2, 1, 0, 3)):
         other = q.permute(order).contiguous().permute(order)
         assert torch.equal(flash_attn_func(other, k, v, causal=True), expected)
+
+
+@pytest.mark.parametrize("keys", [40, 200, 300, 330])
+@pytest.mark.parametrize("dim", [128, 192, 256])
+def test_float_masks_end_where_the_keys_do(dim: int, keys: int) -> None:
+    """A list of blocks and no mask: of a tile of 128 keys several blocks may be past the end, and
+    none of them need be the first."""
+    q, (k, v) = _randn(2, 150, 4, dim), (_randn(2, keys, 2, dim) for _ in range(2))
+    mask = torch.zeros(2, 1, 1, keys, device="cuda", dtype=BF16)
+    for padded in (0, 20):  # from the left
+        mask[1, ..., :padded] = -math.inf
+        out, lse = flash_attn_func(q, k, v, attn_mask=mask, return_lse=True)
+        golden = reference.attention(q, k, v, attn_mask=mask)
+        eager = reference.attention(q, k, v, attn_mask=mask, dtype=None)
+        assert_within_budget(out, eager.out, golden.out)
+        torch.testing.assert_close(lse.double(), golden.lse.double(), rtol=0, atol=1e-2)

@@ -44,7 +44,7 @@ class Rows(NamedTuple):
 
 
 @gluon.constexpr_function
-def _compares_positions(masks):
+def compares_positions(masks):
     """Whether all masks only compare where queries and keys stand, and have the ranges for it."""
     keys = {not_later: not_later_keys, not_earlier: not_earlier_keys}
     return all(mask[0] in keys and mask[2] is keys[mask[0]] for mask in masks)
@@ -94,15 +94,15 @@ def block_at(at, first_k, BLOCK_N: gl.constexpr):
 
 @gluon.jit
 def modify(s, variant, rows, place, LAST: gl.constexpr, TILE: gl.constexpr):
-    """Score mods and masks of the block of keys at a place. Without masks only the LAST block,
-    which comes first, may be partial."""
+    """Score mods and masks of the block of keys at a place. Without masks or a list (a float mask
+    has one, and is no mask here) only the LAST block, which comes first, may be partial."""
     BLOCK_N: gl.constexpr = TILE.block_n
     first_k = first_of(variant.blocks, place)
     own, constants = block_columns(first_k, BLOCK_N)
     if len(variant.score_mods) > 0:
         here = _at_scores(variant, rows.at, first_k, own, constants, BLOCK_N)
         s = apply_score_mods(variant.score_mods, s, here)
-    if LAST or len(variant.masks) > 0:
+    if LAST or len(variant.masks) > 0 or variant.blocks is not None:
         s = mask_block(s, variant, rows, place, own, constants, BLOCK_N)
     return s
 
@@ -112,7 +112,7 @@ def mask_block(s, variant, rows, place, own, constants, BLOCK_N: gl.constexpr):
     """Masks, where the block is not seen as a whole by all rows."""
     first_k = first_of(variant.blocks, place)
     if needs_masks(rows, place, first_k, variant.blocks, BLOCK_N):
-        if _compares_positions(variant.masks):
+        if compares_positions(variant.masks):
             seen = _seen_between(variant.masks, rows.at, own, constants)
         else:
             here = _at_masks(variant, rows.at, first_k, own, constants, BLOCK_N)
