@@ -13,7 +13,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from flashtile.kernels.hopper import barriers, layouts
 from flashtile.kernels.hopper._compat import tma_store_wait
-from flashtile.kernels.hopper.block import Rows
+from flashtile.kernels.hopper.block import Rows, compares_positions
 from flashtile.kernels.hopper.channels import (
     Queries,
     Ring,
@@ -42,8 +42,28 @@ from flashtile.kernels.hopper.softmax import (
     start_softmax,
 )
 from flashtile.kernels.hopper.walk import block_place, first_of, make_places, open_walk
-from flashtile.kernels.masks import At, key_range
+from flashtile.kernels.masks import At, Range, key_range
 from flashtile.kernels.views import Span, open_sequence, row_pointers
+
+
+@gluon.jit
+def _narrow(bound):
+    """A bound, that may be of 64 bits, as a tile's numbers are."""
+    return gl.minimum(gl.maximum(bound, -1), 2147483647).to(gl.int32)
+
+
+@gluon.jit
+def seen_keys(masks, first, last, q, k):
+    """`key_range`, but that a user's function is asked of queries that there are: the last one
+    where a warpgroup has none, the first one past the last tile."""
+    if compares_positions(masks):
+        return key_range(masks, first, last, q, k)
+    else:
+        there, end = first < q.length, gl.maximum(q.length - 1, 0)
+        first, last = gl.minimum(gl.maximum(first, 0), end), gl.minimum(last, end)
+        r = key_range(masks, first, last, q, k)
+        hi = gl.where(there, r.hi, 0)
+        return Range(_narrow(r.lo), _narrow(r.full_lo), _narrow(r.full_hi), _narrow(hi))
 
 
 @gluon.jit
@@ -53,7 +73,7 @@ def open_work(work, heads, order, index, q_seq, k_seq, variant, TILE: gl.constex
                                         TILE.block_m, TILE.block_n)  # fmt: skip
     batch = gl.where(row < 0, 0, batch)  # past the last tile there is nothing to read
     q_span, k_span = open_sequence(q_seq, batch), open_sequence(k_seq, batch)
-    seen = key_range(variant.masks, query_of(row, TILE.pack),
+    seen = seen_keys(variant.masks, query_of(row, TILE.pack),
                      query_of(row + (TILE.block_m - 1), TILE.pack), q_span, k_span)  # fmt: skip
     walk = open_walk(variant.blocks, seen, batch, head, row, q_span.length, TILE.block_n)
     return order, Tile(batch, head, row, walk.key, walk.blocks), walk
@@ -157,7 +177,7 @@ def open_rows(tile, first, group, q_span, k_span, masks, TILE: gl.constexpr):
     # `visible` asks whether rows are negative: the compiler now knows that they are not.
     rows = (first + gl.arange(0, layouts.ROWS, layout)) & 0x7FFFFFFF
     row, last = query_of(first, TILE.pack), query_of(first + (layouts.ROWS - 1), TILE.pack)
-    seen = key_range(masks, row, last, q_span, k_span)
+    seen = seen_keys(masks, row, last, q_span, k_span)
     batch, queries, keys = readable(tile, query_of(tile.row, TILE.pack), q_span, k_span)
     head, _ = head_of_rows(tile.head, rows[:, None], group, TILE.pack)
     at = At(batch, head, row, 0, query_of(rows[:, None], TILE.pack), 0, queries, keys)
@@ -183,7 +203,8 @@ def consume(out, lse, ring, places, queries, out_tiles, queue, q_seq, k_seq, var
         skipped = 0
         if TILE.skips and len(variant.masks) > 0 and variant.blocks is None:
             skipped = (tile.key - gl.maximum(hi - 1, 0) // BLOCK_N * BLOCK_N) // BLOCK_N
-            skipped = gl.minimum(skipped, tile.blocks - 1)
+            # A user's bounds of a warpgroup's queries may be further than those of all.
+            skipped = gl.maximum(gl.minimum(skipped, tile.blocks - 1), 0)
         # Without queries of its own a warpgroup leaves the tensor cores to the others.
         skipped = gl.where(rows.at.first_q < q_span.length, skipped, tile.blocks - 1)
         key = tile.key - skipped * BLOCK_N
