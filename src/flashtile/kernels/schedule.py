@@ -49,8 +49,10 @@ class Schedule(NamedTuple):
 def schedule_range(r, BLOCK: tl.constexpr):
     """The blocks of a Range, rounded to whole blocks."""
     lo = r.lo // BLOCK * BLOCK
-    hi = tl.cdiv(r.hi, BLOCK) * BLOCK
-    full_lo = tl.minimum(tl.maximum(tl.cdiv(r.full_lo, BLOCK) * BLOCK, lo), tl.maximum(hi, lo))
+    hi = tl.cdiv(tl.maximum(r.hi, 0), BLOCK) * BLOCK
+    most = tl.maximum(hi, lo)
+    # A bound may be the greatest number, which rounded up would be negative.
+    full_lo = tl.maximum(tl.cdiv(tl.minimum(r.full_lo, most), BLOCK) * BLOCK, lo)
     full_hi = tl.maximum(r.full_hi // BLOCK * BLOCK, full_lo)
     left = (full_lo - lo) // BLOCK
     right = tl.maximum(hi - full_hi, 0) // BLOCK

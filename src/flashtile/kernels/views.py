@@ -89,9 +89,11 @@ def open_sequence(seq, batch):
         start = 0
         room = number(seq.length)
         if seq.leftpad is not None:
-            leftpad = tl.maximum(tl.load(seq.leftpad + batch), 0)
+            leftpad = tl.load(seq.leftpad + batch, mask=batch < number(seq.batch), other=0)
+            leftpad = tl.maximum(leftpad, 0)
         if seq.batch_row is not None:
-            row = inside(tl.load(seq.batch_row + batch), seq).to(tl.int64)
+            row = tl.load(seq.batch_row + batch, mask=batch < number(seq.batch), other=0)
+            row = inside(row, seq).to(tl.int64)
         length = room
     else:
         row = row * 0
@@ -108,6 +110,8 @@ def open_sequence(seq, batch):
         length = tl.minimum(used, number(seq.length) if seq.table is not None else room)
     length = tl.maximum(length - leftpad, 0)
     start = tl.cast(start, tl.int64) + leftpad
+    if seq.cu_seqlens is not None:  # users' functions read by it what they have for each sequence
+        batch = tl.minimum(batch, tl.maximum(number(seq.batch) - 1, 0))
     return Span(tl.cast(batch, tl.int64), row, start, length, room - leftpad, leftpad)
 
 
