@@ -94,6 +94,13 @@ def rescale(variant):
 
 
 @triton.jit
+def unseeing_past_the_end(lse2, rows, span):
+    """lse2, +inf for rows past the queries' end. Their scores are 0 until a score mod raises them,
+    and then their probabilities may be infinite, of which 0 times is in dK, dV and the bias."""
+    return tl.where(rows < span.length, lse2, float("inf"))
+
+
+@triton.jit
 def load_query_tile(q, saved, q_seq, span, head, first, TILE: tl.constexpr):
     """What a tile of queries keeps in registers or shared memory while keys pass by."""
     BLOCK_M: tl.constexpr = TILE.block_m
@@ -102,6 +109,7 @@ def load_query_tile(q, saved, q_seq, span, head, first, TILE: tl.constexpr):
     do = load_tile(saved.dout, do_base, q_seq, span, first, False, BLOCK_M, TILE.dim_v,
                    TILE.padded_v)  # fmt: skip
     lse2, delta = load_pairs(saved.rows, span, head, first, False, BLOCK_M)
+    lse2 = unseeing_past_the_end(lse2, first + tl.arange(0, BLOCK_M), span)
     return QueryTile(q_tile, do, lse2, delta)
 
 
@@ -181,6 +189,8 @@ def key_gradient(grads, k, v, q, saved, q_seq, at, schedule, variant, scale,
                        TILE.padded_v)  # fmt: skip
         dp = tl.dot(v, do.T, input_precision=TILE.precision)
         lse2, delta = load_pairs(saved.rows, at.q, at.head, first, FULL, BLOCK_M)
+        if not FULL and len(variant.score_mods) > 0:
+            lse2 = unseeing_past_the_end(lse2, rows, at.q)
         p, slope = recompute(s, lse2[None, :], here, variant, scale, FULL)
         kept = p.to(do.dtype)
         numbers = ()
