@@ -30,6 +30,7 @@ def prepare_backward(out, dout, lse, dlse, saved, sink, dsink, q_seq, heads, res
         row_delta -= tl.load(row_pointers(dlse, span, head, rows), mask=valid, other=0.0)
     row_lse = tl.load(row_pointers(lse, span, head, rows), mask=valid, other=-float("inf"))
     row_lse = tl.where(row_lse == -float("inf"), float("inf"), row_lse)
+    row_delta = tl.where(row_lse == float("inf"), 0.0, row_delta)  # dlse may be NaN there
     pair = row_pointers(saved, span, head, rows, 4)
     tl.store(pair, row_lse * LOG2E, mask=valid)
     saved_delta = row_delta if rescale is None else row_delta / rescale

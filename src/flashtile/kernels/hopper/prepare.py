@@ -45,6 +45,7 @@ def prepare_backward(out, dout, lse, dlse, space, sink, dsink, q_seq, heads, res
         row_delta -= tl.load(row_pointers(dlse, span, head, rows), mask=valid, other=0.0)
     row_lse = tl.load(row_pointers(lse, span, head, rows), mask=valid, other=-float("inf"))
     row_lse = tl.where(row_lse == -float("inf"), float("inf"), row_lse)
+    row_delta = tl.where(row_lse == float("inf"), 0.0, row_delta)  # dlse may be NaN there
     place = space.rows + block.to(tl.int64) * (2 * BLOCK_M) + tl.arange(0, BLOCK_M)
     saved_lse, saved_delta = row_lse * LOG2E, row_delta
     if rescale is not None:
