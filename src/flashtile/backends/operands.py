@@ -128,7 +128,7 @@ def score_mods(call: Call, nvidia: bool) -> tuple[scores.ScoreMod, ...]:
         stride = slopes.stride(0) if slopes.dim() == 2 else 0
         found.append(scores.ScoreMod(scores.alibi, (slopes, opaque(stride), 1.0 / unit)))
     own = functions.score_function(call)
-    users = None if own is None else scores.ScoreMod(own.fn, own.args, own.slope)
+    users = None if own is None else scores.ScoreMod(own.fn, own.args, own.slope, masks.within_ends)
     added = (_added(x, unit) for x in (operands.bias, float_mask(call)))
     return (*found, *filter(None, (next(added), users, next(added))))
 
@@ -155,7 +155,7 @@ def mask_functions(call: Call) -> tuple[masks.Mask, ...]:
     if own is None:
         return ()
     return (masks.Mask(own.fn, own.args, own.keys or masks.anywhere,
-                       own.queries or masks.anywhere),)  # fmt: skip
+                       own.queries or masks.anywhere, place=masks.within_ends),)  # fmt: skip
 
 
 def float_mask(call: Call) -> Tensor | None:

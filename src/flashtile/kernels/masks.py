@@ -28,6 +28,20 @@ class At(NamedTuple):
     k: Any  # Span of the keys
 
 
+@triton.jit
+def as_it_is(at):
+    return at
+
+
+@triton.jit
+def within_ends(at):
+    """Where a user's function is asked, which reads tensors of its own: the last query and the last
+    key stand for those past the ends."""
+    q_idx = tl.minimum(at.q_idx, tl.maximum(at.q.length - 1, 0))
+    k_idx = tl.minimum(at.k_idx, tl.maximum(at.k.length - 1, 0))
+    return At(at.batch, at.head, at.first_q, at.first_k, q_idx, k_idx, at.q, at.k)
+
+
 class Range(NamedTuple):
     """Columns [lo, hi) may be seen by some row of a block, [full_lo, full_hi) are by all."""
 
@@ -55,6 +69,7 @@ class Mask(NamedTuple):
     keys: Any = anywhere
     queries: Any = anywhere
     tile: Any = unknown_tile  # of masks given as tensors
+    place: Any = as_it_is  # or within_ends
 
 
 @triton.jit
@@ -216,7 +231,7 @@ def visible(masks, at):
     """The conjunction of all masks and of the end of the keys."""
     seen = (at.k_idx < at.k.length) & (at.q_idx >= 0)
     for i in tl.static_range(len(masks)):
-        seen = seen & masks[i].fn(at, masks[i].args)
+        seen = seen & masks[i].fn(masks[i].place(at), masks[i].args)
     return seen
 
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from flashtile.kernels.masks import load_matrix
+from flashtile.kernels.masks import as_it_is, load_matrix
 from flashtile.kernels.numbers import LOG2E, number
 
 
@@ -26,6 +26,7 @@ class ScoreMod(NamedTuple):
     fn: Any
     args: Any = ()
     slope: Any = slope_one
+    place: Any = as_it_is  # or within_ends
 
 
 @triton.jit
@@ -80,7 +81,7 @@ def add_matrix(s, at, args):
 @triton.jit
 def apply_score_mods(mods, s, at):
     for i in tl.static_range(len(mods)):
-        s = mods[i].fn(s, at, mods[i].args)
+        s = mods[i].fn(s, mods[i].place(at), mods[i].args)
     return s
 
 
@@ -90,6 +91,7 @@ def apply_with_slope(mods, s, at):
     slope = 1.0
     for i in tl.static_range(len(mods)):
         before = s
-        s = mods[i].fn(before, at, mods[i].args)
-        slope = slope * mods[i].slope(before, s, at, mods[i].args)
+        here = mods[i].place(at)
+        s = mods[i].fn(before, here, mods[i].args)
+        slope = slope * mods[i].slope(before, s, here, mods[i].args)
     return s, slope
