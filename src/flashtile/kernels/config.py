@@ -61,6 +61,8 @@ class DecodeTile(Tile):
 
     @property
     def padded_v(self) -> int:
+        if self.latent:
+            return self.padded
         return max(self._least, padded_dims(self.main, self.dim_v)[1])
 
     @property
