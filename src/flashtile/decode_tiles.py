@@ -22,7 +22,7 @@ LEAST_KEYS = 256
 """Shorter keys are two blocks of the general kernels."""
 
 GENERAL = frozenset({
-    "attn_mask", "bias", "document_ids", "dropout", "mask_mod", "score_mod",
+    "attn_mask", "bias", "document_ids", "dropout", "mask_mod", "odd_cache", "score_mod",
 })  # fmt: skip
 """Features that only the general kernels have."""
 

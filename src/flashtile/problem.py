@@ -268,6 +268,10 @@ def _features(call: Call) -> frozenset[str]:
         names.add("token_scales")  # see `quantize.scale_kind`
     if call.held and not alike(operands.k, operands.v):
         names.add("scattered_cache")
+    if call.quantized and any(
+        n % 2 for x in (operands.k, operands.v) for n in (x.data_ptr(), *x.stride()[:-1])
+    ):
+        names.add("odd_cache")
     if variant.softcap > 0.0:
         names.add("softcap")
     if variant.dropout_p > 0.0:
