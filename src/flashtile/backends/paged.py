@@ -48,8 +48,7 @@ def _lengths(call: Call) -> Tensor:
         return seqs.seqused_k
     if seqs.cu_seqlens_k is not None:
         return seqs.cu_seqlens_k.diff()
-    assert seqs.cache_batch_idx is not None
-    return torch.full_like(seqs.cache_batch_idx, call.operands.k.shape[1])
+    return call.operands.q.new_full((call.batch,), call.seqlen_k, dtype=torch.int32)
 
 
 def _places(call: Call) -> tuple[Tensor, Tensor]:
