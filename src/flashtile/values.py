@@ -28,7 +28,8 @@ def check(call: Call) -> None:
     _check_offsets("cu_seqlens_k", seqs.cu_seqlens_k, None if paged else operands.k.shape[0])
     _check_longest("max_seqlen_q", seqs.max_seqlen_q, seqs.cu_seqlens_q)
     _check_longest("max_seqlen_k", seqs.max_seqlen_k, seqs.cu_seqlens_k)
-    _check_masks(call)
+    keys = seqs.seqused_k if seqs.cu_seqlens_k is None else seqs.cu_seqlens_k.diff()
+    _check_masks(call, keys)
     _check_used("seqused_q", seqs.seqused_q, seqs.cu_seqlens_q, call.seqlen_q)
     room = seqs.cu_seqlens_k if not paged else None
     name = "seqused_k" if call.varlen else "cache_seqlens"
@@ -70,6 +71,7 @@ def check_append(call: Call, new: NewTokens) -> None:
         raise ValueError(
             f"cache_seqlens plus {tokens} new tokens reaches {most}; {where} holds {capacity}"
         )
+    _check_masks(call, after)
     if new.rotary_cos is not None:
         _check_positions(call, new, counts, new.rotary_cos.shape[0])
     _check_used("cache_leftpad", seqs.cache_leftpad, None, call.seqlen_k)
@@ -118,12 +120,11 @@ def _check_longest(name: str, longest: int, cu_seqlens: Tensor | None) -> None:
         raise ValueError(f"{name} is {longest}; the longest sequence has {actual} tokens")
 
 
-def _check_masks(call: Call) -> None:
+def _check_masks(call: Call, keys: Tensor | None) -> None:
     """bias and attn_mask of packed sequences reach to the end of the longest."""
     seqs = call.sequences
     if seqs.cu_seqlens_q is None:
         return
-    keys = seqs.seqused_k if seqs.cu_seqlens_k is None else seqs.cu_seqlens_k.diff()
     queries, slots = (0 if n is None else _largest(n) for n in (seqs.cu_seqlens_q.diff(), keys))
     for name in ("bias", "attn_mask"):
         x = getattr(call.operands, name)
