@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -95,10 +96,11 @@ def _flat(result: Any) -> list[Tensor]:
     return [result] if isinstance(result, Tensor) else list(result)
 
 
+@pytest.mark.parametrize("dynamic", [None, True])
 @pytest.mark.parametrize("name", PUBLIC)
-def test_compiles_fullgraph_with_gradients(name: str) -> None:
+def test_compiles_fullgraph_with_gradients(name: str, dynamic: bool | None) -> None:
     torch._dynamo.reset()
-    compiled = torch.compile(_public, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(_public, fullgraph=True, backend="aot_eager", dynamic=dynamic)
     x = _qkv()
     expected, found = _flat(_public(name, x)), _flat(compiled(name, x))
     for a, b in zip(expected, found, strict=True):
@@ -111,6 +113,22 @@ def test_compiles_fullgraph_with_gradients(name: str) -> None:
         assert (a is None) == (b is None)
         if a is not None:
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["softmax_scale", "softcap"])
+def test_scalars_that_change_compile_fullgraph(name: str) -> None:
+    torch._dynamo.reset()
+    x = _qkv()
+
+    def attend(value: float) -> Tensor:
+        return flashtile.flash_attn_func(*x, **{name: value})
+
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    for value in (0.3, 0.7, 1.1):
+        torch.testing.assert_close(compiled(value), attend(value))
+    for value in (math.inf, math.nan):
+        with pytest.raises(ValueError, match=f"{name} is {value}"):
+            attend(value)
 
 
 @pytest.mark.parametrize("name", PUBLIC)

@@ -241,9 +241,9 @@ def _check_scalars(call: Call) -> None:
     variant = call.variant
     if not 0.0 <= variant.dropout_p < 1.0:
         raise ValueError(f"dropout_p is {variant.dropout_p}; it must be in [0, 1)")
-    if not math.isfinite(variant.softcap) or variant.softcap < 0.0:
+    if not 0.0 <= variant.softcap < math.inf:
         raise ValueError(f"softcap is {variant.softcap}; it must be finite and at least 0 (0: off)")
-    if not math.isfinite(variant.softmax_scale):
+    if not -math.inf < variant.softmax_scale < math.inf:
         raise ValueError(f"softmax_scale is {variant.softmax_scale}; it must be finite")
     for name, count in (("num_splits", variant.num_splits), ("split_size", variant.split_size)):
         if count < 0:
