@@ -129,8 +129,11 @@ def test_admits_in_order_and_the_oldest_goes_on(model: GPT) -> None:
     assert len(order) == len(generations)
 
 
-def test_a_step_that_fails_can_be_taken_again(model: GPT, monkeypatch: pytest.MonkeyPatch) -> None:
-    requests = _requests()
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_step_that_fails_can_be_taken_again(
+    model: GPT, temperature: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests = _requests(temperature=temperature)
     engine = Engine(model, pages=20, chunk=8)
     forward: Callable[..., Tensor] = model.forward
     calls = 0

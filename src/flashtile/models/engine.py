@@ -152,7 +152,10 @@ class Engine:
             groups.setdefault(min(pending, self.chunk), []).append(generation)
         if not groups:
             return []
-        following = torch.cat([self._compute(group, n) for n, group in groups.items()]).tolist()
+        # Nothing is drawn before all is computed: what the model raises leaves no generator moved.
+        logits = [self._compute(group, n) for n, group in groups.items()]
+        drawn = map(self._draw, groups.values(), groups, logits)
+        following = torch.cat(list(drawn)).tolist()
         advanced = [(each, count) for count, group in groups.items() for each in group]
         for (generation, count), token in zip(advanced, following, strict=True):
             generation.computed += count
@@ -183,10 +186,7 @@ class Engine:
         return self.pool.grow(generation.pages, len(generation.tokens))
 
     def _compute(self, group: list[Generation], count: int) -> Tensor:
-        """The next `count` tokens of each: to the cache, and the token that follows, (rows,) int64.
-
-        Where known tokens are left to compute, what follows is known too, and is not drawn.
-        """
+        """The next `count` tokens of each: to the cache, and logits of the token that follows."""
         width = self.pool.needed(self.model.config.seqlen)  # one shape whatever the lengths
         tables = [each.pages + [0] * (width - len(each.pages)) for each in group]
         tokens = [each.tokens[each.computed : each.computed + count] for each in group]
@@ -196,7 +196,14 @@ class Engine:
             torch.tensor(tables, dtype=torch.int32, device=self.device),
             torch.tensor([e.computed for e in group], dtype=torch.int32, device=self.device),
         )
-        logits = self.model(torch.tensor(tokens, device=self.device), cache)[:, -1]
+        return self.model(torch.tensor(tokens, device=self.device), cache)[:, -1]
+
+    @staticmethod
+    def _draw(group: list[Generation], count: int, logits: Tensor) -> Tensor:
+        """The token that follows the next `count` of each, (rows,) int64.
+
+        Where known tokens are left to compute, what follows is known too, and is not drawn.
+        """
         following = sample(logits, 0.0, None)
         for row, each in enumerate(group):
             if each.generator is not None and each.computed + count == len(each.tokens):
