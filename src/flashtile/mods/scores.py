@@ -96,4 +96,4 @@ class Function(NamedTuple):
 
 def alibi(slopes: Tensor, heads: int, dtype: torch.dtype) -> Alibi:
     """Alibi from slopes of shape (heads,) or (batch, heads)."""
-    return Alibi(slopes.reshape(-1, heads).to(dtype))
+    return Alibi(slopes.reshape(-1 if heads else 1, heads).to(dtype))
