@@ -244,3 +244,22 @@ def test_nothing_new_still_turns_queries() -> None:
     empty = {name: drawn.keywords[name][:, :0] for name in ("k", "v")}
     check_cache_case(drawn._replace(keywords=drawn.keywords | empty), causal=True)
     assert drawn.q.shape == (BATCH, 3, HEADS, 24)
+
+
+@pytest.mark.parametrize("capacity", [0, 16])
+def test_what_read_a_cache_hears_of_an_append(capacity: int) -> None:
+    """Its backward would use the new keys: an append is a change in place as any other."""
+    with interpreted(16, 16, capacity=capacity):
+        for turn in range(3):
+            caches = torch.randn(2, 1, 32, 1, 8).unbind()
+            q = torch.randn(1, 1, 1, 8, requires_grad=True)
+            used, new = torch.tensor([8], dtype=torch.int32), torch.randn(2, 1, 4, 1, 8)
+            out = flash_attn_with_kvcache(q, *caches, cache_seqlens=used + 8)
+            with torch.no_grad():
+                flash_attn_with_kvcache(q, *caches, *new, cache_seqlens=used)
+            with pytest.raises(RuntimeError, match="modified by an inplace"):
+                out.sum().backward()
+            with torch.inference_mode():
+                inferred = [x.clone() for x in caches]
+                flash_attn_with_kvcache(q.detach(), *inferred, *new, cache_seqlens=used)
+            assert torch.equal(inferred[0], caches[0]), turn

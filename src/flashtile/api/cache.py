@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -123,6 +124,8 @@ def flash_attn_with_kvcache(
                  num_splits, split_size, host_int(max_seqlen_q), torch.is_grad_enabled(),
                  return_softmax_lse)  # fmt: skip
         if (found := warm.again(given, tensors)) is not None:
+            if k is not None:
+                _count_change(k_cache, v_cache, k_descale, v_descale)
             return found
     for name, x in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache)):
         checks.is_tensor(name, x, 3 if name == "q" and cu_seqlens_q is not None else 4)
@@ -146,15 +149,26 @@ def flash_attn_with_kvcache(
     check_new_tokens(call, new, cache_seqlens)
     appends = k is not None or prefix is not None
     if not appends:
-        found = attend(call, out=out, return_lse=True)
+        quantized = call.quantized
+        with nullcontext() if quantized else torch.autocast(q.device.type, enabled=False):
+            found = attend(call, out=out, return_lse=True)
     else:
         if out is not None:
             checks.check_out(out, call)
         result, lse = ops.with_kvcache(*new, *call.flat())
+        if k is not None:
+            _count_change(k_cache, v_cache, k_descale, v_descale)
         found = result if out is None else out.copy_(result), lse
     if given is not None:
         warm.remember(given, tensors, call, return_softmax_lse, new if appends else None)
     return found if return_softmax_lse else found[0]
+
+
+def _count_change(*caches: Tensor | None) -> None:
+    """Tell autograd that kernels wrote into these: who saved them for a backward gets an error."""
+    if not torch.compiler.is_compiling():
+        changed = [x for x in caches if x is not None and not x.is_inference()]
+        torch.autograd.graph.increment_version(changed)
 
 
 def _pair(prefix: tuple[Tensor, Tensor] | None) -> tuple[Tensor | None, Tensor | None]:
