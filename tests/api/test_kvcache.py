@@ -193,3 +193,32 @@ def test_autocast_follows_the_cache() -> None:
         out = flash_attn_with_kvcache(q, k_cache, v_cache, k, v, cache_seqlens=5)
     assert out.dtype == torch.bfloat16
     assert torch.equal(k_cache[:, 5:6], k.to(torch.bfloat16))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_autocast_leaves_a_cache_that_is_only_read_as_it_is(dtype: torch.dtype) -> None:
+    k_cache, v_cache, _ = _cache(0, BATCH, dtype)
+    q = torch.randn(BATCH, 1, HEADS, DIM)
+    expected = flash_attn_with_kvcache(q.to(dtype), k_cache, v_cache, cache_seqlens=5)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = flash_attn_with_kvcache(q, k_cache, v_cache, cache_seqlens=5)
+    assert out.dtype == dtype
+    assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize("width", [1, 3, 5])
+def test_a_mask_that_does_not_reach_the_new_tokens(width: int) -> None:
+    """Refused before they are written: packed queries' masks are no shorter than the longest."""
+    k_cache, v_cache = torch.zeros(2, 1, 16, 1, 8)
+    new = torch.ones(1, 2, 1, 8)
+    with pytest.raises(ValueError, match="attn_mask"):
+        flash_attn_with_kvcache(
+            torch.randn(2, 1, 8), k_cache, v_cache, new, new, cache_seqlens=_ints(4),
+            cu_seqlens_q=_ints(0, 2), attn_mask=torch.ones(1, 1, 2, width, dtype=torch.bool),
+        )  # fmt: skip
+    assert not k_cache.any() and not v_cache.any()
+
+
+def test_heads_that_are_none_have_slopes_too() -> None:
+    q = torch.randn(1, 3, 0, 8)
+    assert flash_attn_func(q, q, q, alibi_slopes=torch.zeros(0)).shape == q.shape
