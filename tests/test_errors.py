@@ -58,6 +58,13 @@ TYPE_ERRORS: list[tuple[Any, str]] = [
     (lambda: dense(learnable_sink=ints(1, 2, 3, 4)), "learnable_sink has dtype torch.int32"),
     (lambda: dense(document_ids=torch.rand(2, 8)), "document_ids has dtype torch.float32"),
     (lambda: dense(out=torch.empty(2, 8, 4, 16).half()), "out has dtype torch.float16; it must be"),
+    (lambda: dense(window_size=5), "window_size is 5; it must be a pair (left, right)"),
+    (lambda: dense(window_size=(1, 2, 3)), "window_size is (1, 2, 3); it must be a pair"),
+    (lambda: dense(window_size=None), "window_size is None; it must be a pair"),
+    (lambda: cached(num_splits=None), "num_splits is a NoneType; it must be an int"),
+    (lambda: cached(split_size=2.5), "split_size is a float; it must be an int"),
+    (lambda: cached(cache_seqlens=3.5), "cache_seqlens is a float; it must be an int or an int32"),
+    (lambda: cached(cache_seqlens=[3, 4]), "cache_seqlens is a list; it must be an int or"),
     (lambda: combine(lse=torch.ones(2, 8).int()), "they must be floating"),
 ]
 
@@ -114,6 +121,12 @@ VALUE_ERRORS: list[tuple[Any, str]] = [
     (lambda: dense(out=torch.empty(2, 8, 4, 8)), "out has shape (2, 8, 4, 8); it must be"),
     (lambda: dense(out=Q), "out overlaps q in memory; give it memory of its own"),
     (
+        lambda: dense(out=torch.empty(1, 8, 4, 16).expand(2, -1, -1, -1)),
+        "out has shape (2, 8, 4, 16) "
+        "and strides (0, 64, 16, 1); to be written to, no two of its elements may be one in memory",
+    ),
+    (lambda: dense(q=torch.tensor(1.0)), "q has shape (); it must have dimensions"),
+    (
         lambda: dense(q=Q.clone().requires_grad_(), out=torch.empty_like(Q)),
         "out is given and an in",
     ),
@@ -149,6 +162,7 @@ VALUE_ERRORS: list[tuple[Any, str]] = [
     (lambda: cached(cache_seqlens=ints(1, 17)), "cache_seqlens[1] is 17; it must be in [0, 16]"),
     (lambda: cached(cache_batch_idx=ints(0, 3)), "cache_batch_idx holds 3; the cache has 3 rows"),
     (lambda: cached(cache_leftpad=ints(0, 17)), "cache_leftpad[1] is 17; it must be in [0, 16]"),
+    (lambda: cached(cache_seqlens=2**40), "cache_seqlens is 1099511627776; it must be less than"),
     (lambda: cached(num_splits=-1), "num_splits is -1; it must be at least 0"),
     (lambda: cached(rotary_cos=torch.rand(9, 4)), "rotary_cos is given and k is None"),
     (lambda: append(v=None), "v is None; k and v are given together"),

@@ -32,6 +32,15 @@ def is_tensor(name: str, x: object, rank: int | None = None) -> None:
         raise ValueError(f"{name} has shape {tuple(x.shape)}; it must have {rank} dimensions")
 
 
+def is_writable(name: str, x: Tensor) -> None:
+    """Check that no dimension was made by `expand`."""
+    if any(size > 1 and stride == 0 for size, stride in zip(x.shape, x.stride(), strict=True)):
+        raise ValueError(
+            f"{name} has shape {tuple(x.shape)} and strides {x.stride()}; to be written to, no "
+            "two of its elements may be one in memory"
+        )
+
+
 def packed(name: str, x: object, rank: int, parts: int) -> None:
     """Check a qkv or kv tensor: (..., parts, heads, head_dim)."""
     is_tensor(name, x, rank)
@@ -246,6 +255,8 @@ def _check_scalars(call: Call) -> None:
     if not -math.inf < variant.softmax_scale < math.inf:
         raise ValueError(f"softmax_scale is {variant.softmax_scale}; it must be finite")
     for name, count in (("num_splits", variant.num_splits), ("split_size", variant.split_size)):
+        if not isinstance(count, int | torch.SymInt):
+            raise TypeError(f"{name} is a {type(count).__name__}; it must be an int")
         if count < 0:
             raise ValueError(f"{name} is {count}; it must be at least 0 (0: planned)")
     for side, size in (("left", variant.window_left), ("right", variant.window_right)):
@@ -265,6 +276,7 @@ def check_out(out: Tensor, call: Call) -> None:
     if out.dtype != q.dtype:
         raise TypeError(f"out has dtype {out.dtype}; it must be {q.dtype}")
     same_device("out", out, q)
+    is_writable("out", out)
     if torch.is_grad_enabled() and any(
         x is not None and x.requires_grad for x in (*call.operands, out)
     ):

@@ -308,6 +308,8 @@ def describe(call: Call) -> AttentionProblem:
 
 def window_sides(window_size: tuple[int | None, int | None], causal: bool) -> tuple[int, int]:
     """FlashAttention's `window_size` and `causal` as (left, right), -1 where unbounded."""
+    if not isinstance(window_size, tuple | list) or len(window_size) != 2:
+        raise TypeError(f"window_size is {window_size!r}; it must be a pair (left, right)")
     left, right = (UNBOUNDED if side is None else int(side) for side in window_size)
     return left, 0 if causal else right
 

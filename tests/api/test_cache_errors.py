@@ -43,6 +43,14 @@ PREFIX = torch.randn(5, 2, 16), torch.randn(5, 2, 16)
 PAGES = {"k_cache": torch.randn(4, 8, 2, 16), "v_cache": torch.randn(4, 8, 2, 16)}
 
 VALUES: list[tuple[dict[str, Any], str]] = [
+    (
+        given(k_cache=torch.randn(1, 16, 2, 16).expand(2, -1, -1, -1)),
+        "k_cache has shape (2, 16, 2, 16) and strides (0, 32, 16, 1); to be written to, no two of",
+    ),
+    (
+        given(out=torch.randn(2, 3, 1, 16).expand(-1, -1, 4, -1)),
+        "out has shape (2, 3, 4, 16) and strides (48, 16, 0, 1); to be written to",
+    ),
     (given(cache_seqlens=14), "cache_seqlens is 14 with 3 new tokens; the cache holds 16"),
     (given(cache_seqlens=-1), "cache_seqlens is -1 with 3 new tokens; the cache holds 16"),
     (given(k=None, v=None, cache_seqlens=17), "cache_seqlens is 17; the cache holds 16"),

@@ -190,6 +190,11 @@ def _lengths(cache_seqlens: int | Tensor | None, call: Sequence[Tensor | None]) 
         return cache_seqlens
     if cache_seqlens is None:
         cache_seqlens = k_cache.shape[1] * (1 if block_table is None else block_table.shape[-1])
+    if not isinstance(cache_seqlens, int | torch.SymInt):
+        kind = type(cache_seqlens).__name__
+        raise TypeError(f"cache_seqlens is a {kind}; it must be an int or an int32 tensor")
+    if cache_seqlens >= 2**31:
+        raise ValueError(f"cache_seqlens is {cache_seqlens}; it must be less than 2^31")
     batch = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
     return torch.full((batch,), cache_seqlens, dtype=torch.int32, device=q.device)
 

@@ -58,6 +58,8 @@ def normalise(
     """Validate a call and put it in normal form; draws the dropout state if there is dropout."""
     for name, x in (("q", q), ("k", k), ("v", v)):
         checks.is_tensor(name, x)
+        if x.dim() == 0:
+            raise ValueError(f"{name} has shape (); it must have dimensions")
     left, right = window_sides(window_size, causal)
     ids_q, ids_k = _document_pair(document_ids)
     operands = Operands(

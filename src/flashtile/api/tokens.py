@@ -11,12 +11,14 @@ from flashtile.problem import FLOATING, UNBOUNDED, Call
 
 
 def check_appendable(k_cache: Tensor, v_cache: Tensor) -> None:
-    """A cache of other strides would be copied, and the copy appended to."""
+    """A cache of other strides would be copied, and the copy appended to; rows that are one in
+    memory would overwrite each other."""
     for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
         if cache.stride(-1) != 1 and cache.shape[-1] > 1:
             raise ValueError(
                 f"{name} has strides {cache.stride()}; to be appended to, its last must be 1"
             )
+        checks.is_writable(name, cache)
 
 
 def check_new_tokens(call: Call, new: NewTokens, cache_seqlens: int | Tensor | None) -> None:
