@@ -140,6 +140,42 @@ def test_decoding_after_a_prefix_compiles(tmp_path: Path) -> None:
     assert done.stdout.split() == ["attention_decode", "combine_parts"], done.stderr
 
 
+WIDE_BOUNDS = """
+import torch, triton, triton.language as tl
+from flashtile import MaskFunction
+from flashtile.compiling import cases
+from flashtile.compiling.launches import launches
+from flashtile.compiling.offline import compile_launch
+from flashtile.kernels.masks import Range
+
+@triton.jit
+def later(at, args):
+    return at.k_idx >= tl.load(args[0] + at.batch)
+
+@triton.jit
+def bounds(first, last, q, k, args):
+    start = tl.load(args[0] + q.batch)
+    return Range(start * 0, start * 0, start, start + 2**30)
+
+starts = torch.empty(cases.BATCH, dtype=torch.int64, device="meta")
+mask_mod = MaskFunction(later, (starts,), bounds, bounds)
+cases.VARIANTS["wide"] = lambda: {"mask_mod": mask_mod} | cases.VARIANTS["packed"]()
+for launch in launches(cases.Case("wide", "bfloat16", 128, 128), "sm_90"):
+    if launch.kernel.__module__.startswith("flashtile.kernels.hopper"):
+        print(compile_launch(launch, "sm_90")[0].metadata.name)
+"""
+
+
+def test_bounds_of_users_may_be_of_64_bits(tmp_path: Path) -> None:
+    """As those that follow from an int64 tensor are: a tile's numbers have 32."""
+    program = tmp_path / "program.py"
+    program.write_text(WIDE_BOUNDS)
+    done = _run(tmp_path, str(program))
+
+    kernels = "attention_forward prepare_backward attention_backward finish_query_gradient"
+    assert done.stdout.split() == kernels.split(), done.stderr[-3000:]
+
+
 def test_decoding_over_pages_has_its_blocks_on_their_way(tmp_path: Path) -> None:
     """Triton makes one block of stages that a table, read in the loop, leads to the values of."""
     case = Case("decode-e4m3", "bfloat16", 128, 128)

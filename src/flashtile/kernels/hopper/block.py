@@ -50,6 +50,12 @@ def compares_positions(masks):
     return all(mask[0] in keys and mask[2] is keys[mask[0]] for mask in masks)
 
 
+@gluon.jit
+def narrow(bound):
+    """A bound, that may be of 64 bits, as a tile's numbers are."""
+    return gl.minimum(gl.maximum(bound, -1), 2147483647).to(gl.int32)
+
+
 @gluon.constexpr_function
 def _bounds_below(masks):
     return any(mask[0] is not_earlier for mask in masks)

@@ -13,7 +13,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from flashtile.kernels.hopper import barriers, layouts
 from flashtile.kernels.hopper._compat import tma_store_wait
-from flashtile.kernels.hopper.block import Rows, compares_positions
+from flashtile.kernels.hopper.block import Rows, compares_positions, narrow
 from flashtile.kernels.hopper.channels import (
     Queries,
     Ring,
@@ -47,12 +47,6 @@ from flashtile.kernels.views import Span, open_sequence, row_pointers
 
 
 @gluon.jit
-def _narrow(bound):
-    """A bound, that may be of 64 bits, as a tile's numbers are."""
-    return gl.minimum(gl.maximum(bound, -1), 2147483647).to(gl.int32)
-
-
-@gluon.jit
 def seen_keys(masks, first, last, q, k):
     """`key_range`, but that a user's function is asked of queries that there are: the last one
     where a warpgroup has none, the first one past the last tile."""
@@ -63,7 +57,7 @@ def seen_keys(masks, first, last, q, k):
         first, last = gl.minimum(gl.maximum(first, 0), end), gl.minimum(last, end)
         r = key_range(masks, first, last, q, k)
         hi = gl.where(there, r.hi, 0)
-        return Range(_narrow(r.lo), _narrow(r.full_lo), _narrow(r.full_hi), _narrow(hi))
+        return Range(narrow(r.lo), narrow(r.full_lo), narrow(r.full_hi), narrow(hi))
 
 
 @gluon.jit

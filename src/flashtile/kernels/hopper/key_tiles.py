@@ -11,6 +11,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from flashtile.kernels.hopper._compat import aggregate
+from flashtile.kernels.hopper.block import compares_positions, narrow
 from flashtile.kernels.hopper.channels import (
     get_number,
     make_barriers,
@@ -73,8 +74,11 @@ def find_sequence(seq, slot, BLOCK: gl.constexpr):
 def _blocks_of(masks, key, q_span, k_span, TILE: gl.constexpr):
     """(the first, how many) blocks of queries that see a tile of keys."""
     seen = query_range(masks, key, key + (TILE.block_n - 1), q_span, k_span)
-    first = seen.lo // TILE.block_m
-    return first, gl.maximum(gl.cdiv(seen.hi, TILE.block_m) - first, 0)
+    lo, hi = seen.lo, seen.hi
+    if not compares_positions(masks):  # a user's may be of 64 bits
+        lo, hi = narrow(lo), narrow(hi)
+    first = lo // TILE.block_m
+    return first, gl.maximum(gl.cdiv(hi, TILE.block_m) - first, 0)
 
 
 @gluon.jit
