@@ -48,3 +48,14 @@ def test_a_system_that_says_nothing(files: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_this_machine() -> None:
     assert 2**20 < machine.available_bytes(CPU) < 2**50
+
+
+def test_what_a_container_can_give_up_is_left(files: Path) -> None:
+    """Files that were read count as its use: most of an installation's gigabytes."""
+    (files / "limit").write_text("3000\n")
+    (files / "used").write_text("2900\n")
+    (files / "memory.stat").write_text("anon 1200\ninactive_file 900\n")
+    assert machine.available_bytes(CPU) == 1000
+    (files / "memory.stat").unlink()
+    (files / "used").write_text("4000\n")
+    assert machine.available_bytes(CPU) == 0

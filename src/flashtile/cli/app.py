@@ -41,6 +41,8 @@ def demo(
     folder = output.absolute().parent
     if not folder.is_dir():
         raise typer.BadParameter(f"{folder} is not a folder", param_hint="--output")
+    if output.is_dir():
+        raise typer.BadParameter(f"{output} is a folder", param_hint="--output")
     if text is not None and not text.is_file():
         raise typer.BadParameter(f"{text} is not a file", param_hint="--text")
     settings = Settings(where, output, text, steps, longest=LONGEST[where.type])

@@ -40,9 +40,17 @@ def _system_bytes() -> int:
         return UNKNOWN
 
 
+def _reclaimable_bytes(stat: Path) -> int:
+    """Of files that a container has read: they count as its use, and are given up for a call."""
+    lines = stat.read_text().splitlines() if stat.exists() else []
+    found = dict(line.split() for line in lines)
+    return int(found.get("total_inactive_file", found.get("inactive_file", 0)))
+
+
 def _container_bytes() -> list[int]:
     left = []
     for limit, used in CGROUPS:
         if limit.exists() and used.exists() and limit.read_text().strip() != "max":
-            left.append(int(limit.read_text()) - int(used.read_text()))
+            in_use = int(used.read_text()) - _reclaimable_bytes(used.with_name("memory.stat"))
+            left.append(max(0, int(limit.read_text()) - in_use))
     return left
