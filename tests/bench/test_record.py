@@ -32,7 +32,8 @@ def test_a_suite_may_be_run_in_parts(tmp_path: Path) -> None:
     assert json.loads(path.read_text())["suite"] == "dense"
 
 
-@pytest.mark.parametrize("change", [{"commit": "b" * 40}, {"dirty": True}, {"torch": "2.12.0"}])
+@pytest.mark.parametrize("change", [{"commit": "b" * 40}, {"dirty": True}, {"torch": "2.12.0"},
+                                    {"threads": 77}])  # fmt: skip
 def test_rows_of_other_code_are_dropped(tmp_path: Path, change: dict[str, Any]) -> None:
     path = tmp_path / "dense.json"
     record.write(path, [_row(512, 1.0)], HERE)
@@ -63,3 +64,19 @@ def test_no_repository_counts_as_changed(monkeypatch: pytest.MonkeyPatch, tmp_pa
 )  # fmt: skip
 def test_folders_of_gpus(name: str, folder: str) -> None:
     assert record.slug(name) == folder
+
+
+def test_a_file_is_whole_whatever_happens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "dense.json"
+    record.write(path, [_row(1, 1.0)], HERE)
+
+    def cut(self: Path, text: str) -> int:
+        with self.open("w") as file:
+            file.write(text[: len(text) // 2])
+        raise OSError("no space left")
+
+    monkeypatch.setattr(Path, "write_text", cut)
+    with pytest.raises(OSError, match="no space"):
+        record.write(path, [_row(2, 2.0)], HERE)
+    assert _values(path) == {1: 1.0}
+    assert list(tmp_path.iterdir()) == [path]

@@ -119,3 +119,15 @@ def test_command_names_what_it_does_not_know(arguments: tuple[str, ...], complai
     done = _bench(*arguments, "--device", "cpu")
     assert done.exit_code == 2
     assert complaint in " ".join(done.output.replace("\u2502", " ").split())
+
+
+def test_nothing_matches_beside_an_older_file(options: Make, lines: list[str]) -> None:
+    """Whose claims are not this run's."""
+    run.run("host", options())
+    lines.clear()
+    asked = options(providers=("none",))
+    suite = run.SUITES["host"]._replace(measure=lambda _: iter(()))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(run.SUITES, "host", suite)
+        assert run.run("host", asked) == []
+    assert lines == ["host: no cell matches"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import re
 import subprocess
@@ -23,7 +24,8 @@ PACKAGE = Path(flashtile.__file__).parent
 IDENTITY = ("dtype", "feature", "path", "batch", "seqlen", "heads", "kv_heads", "head_dim", "mode")
 """What tells a row of a suite from another."""
 
-CONDITIONS = ("commit", "dirty", "torch", "triton", "gpu", "cpu")
+CONDITIONS = ("commit", "dirty", "torch", "triton", "gpu", "driver", "cuda", "cpu", "capability",
+              "threads")  # fmt: skip
 """What rows of one file have in common."""
 
 
@@ -57,7 +59,12 @@ def write(path: Path, rows: Iterable[dict[str, Any]], environment: dict[str, Any
         rows = [row for row in old["rows"] if _identity(row) not in new] + rows
     document = {"suite": path.stem, "environment": environment, "rows": rows}
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(document, indent=1) + "\n")
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")  # a cut file would end every later run
+    try:
+        part.write_text(json.dumps(document, indent=1) + "\n")
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def _identity(row: dict[str, Any]) -> tuple[Any, ...]:

@@ -39,7 +39,7 @@ def run(name: str, options: Options) -> list[Claim]:
         rows.append(row)
         record.write(path, rows, environment)
         options.show(suite.line(row))
-    document = record.read(path)
+    document = record.read(path) if rows else None
     if document is None:
         options.show(f"{name}: no cell matches")
         return []

@@ -153,9 +153,8 @@ def features(results: Path) -> str:
     ]
     for feature, text in FEATURES.items():
         pair = [r for mode in ("fwd", "bwd") for r in document["rows"]
-                if (r["mode"], r["feature"], r["head_dim"]) == (mode, feature, 128)
-                and milliseconds(r, "flashtile") is not None]  # fmt: skip
-        if pair:
+                if (r["mode"], r["feature"], r["head_dim"]) == (mode, feature, 128)]  # fmt: skip
+        if any(milliseconds(r, "flashtile") is not None for r in pair):
             lines.append(_line(
                 text, _both(milliseconds(r, "flashtile") for r in pair),
                 _both((against_plain(r) for r in pair), "x"),
@@ -324,8 +323,11 @@ def cpu_speed(results: Path) -> str:
     for feature in dict.fromkeys(row["feature"] for row in rows):
         cells = [row for row in rows if row["feature"] == feature]
         against = "torch's flash kernel" if cells[0]["peer"] == "aten" else "eager"
+        by_column = {(row["dtype"], row["seqlen"]): row for row in cells}
+        columns = ((dtype, n) for dtype in ("float32", "bfloat16") for n in (2048, 4096))
         figures = (
-            f"{_time(row['flashtile']['median_ms'])}, {row['speedup']:.2f}x" for row in cells
+            f"{_time(row['flashtile']['median_ms'])}, {row['speedup']:.2f}x" if row else ""
+            for row in map(by_column.get, columns)
         )
         lines.append(_line(f"{feature}, against {against}", *figures))
     return "\n".join((*lines, "", *(_source(document, "cpu") for document in documents)))
