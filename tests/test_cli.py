@@ -76,6 +76,17 @@ def test_inductors_cache_is_where_torch_has_it(monkeypatch: pytest.MonkeyPatch) 
     assert str(info.inductor_cache()) == default_cache_dir()
 
 
+def test_a_user_without_a_name_has_caches_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a container that runs as any number."""
+
+    def nobody() -> str:
+        raise KeyError("getpwuid(): uid not found")
+
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    monkeypatch.setattr(info.getpass, "getuser", nobody)
+    assert info.inductor_cache().name.startswith("torchinductor_uid_")
+
+
 def test_explain_is_what_python_explains() -> None:
     q = torch.empty(2, 64, 8, 32, dtype=torch.float16)
     k = torch.empty(2, 96, 2, 32, dtype=torch.float16)
@@ -124,6 +135,7 @@ def test_explain_a_gpu_that_is_not_here() -> None:
         ((*SHAPE, "--device", "tpu"), "'tpu' is not cpu or cuda"),
         (("demo", "--device", "tpu"), "'tpu' is not cpu or cuda"),
         (("demo", "--output", "/nowhere/x.png"), "/nowhere is not a folder"),
+        (("demo", "--output", "/"), "/ is a folder"),
         (("demo", "--text", "/nowhere/x"), "/nowhere/x is not a file"),
         (("demo", "--text", "/dev/null"), "/dev/null is not a file"),
         (("demo", "--steps", "1"), "--steps"),

@@ -144,6 +144,8 @@ def test_explanation_names_the_choice_and_what_was_passed_over() -> None:
     text = str(explain(*packed, cu_seqlens_q=cu, cu_seqlens_k=cu))
     assert "batch 2" in text
     assert "varlen" in text
+    for keywords in ({"return_lse": True}, {"return_attn_probs": True}, {"out": q}):
+        assert explain(q, k, k, **keywords) == explain(q, k, k)
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,9 @@ from flashtile.hopper_decode_tiles import PROGRAMS_PER_SM, cannot_stream
 from flashtile.plan import Device, Plan, plan
 from flashtile.problem import UNBOUNDED, AttentionProblem, describe
 
+RESULTS = {"return_lse", "return_attn_probs", "out"}
+"""Keywords of a call that say nothing about its problem."""
+
 
 @dataclass(frozen=True)
 class Explanation:
@@ -115,5 +118,6 @@ def explain(q: Tensor, k: Tensor, v: Tensor, **keywords: Any) -> Explanation:
     """
     from flashtile.api import normalise  # noqa: PLC0415, the arrow points from api to here
 
-    call = normalise(q, k, v, **keywords)
+    problem = {name: x for name, x in keywords.items() if name not in RESULTS}
+    call = normalise(q, k, v, **problem)
     return explain_problem(describe(call), Device.of(q.device), call.variant.deterministic)

@@ -99,7 +99,7 @@ class CheckedCache(FileCacheManager):
             return None
         try:
             group = super().get_group(filename) or {}
-        except ValueError:  # Triton 3.6; later versions return None
+        except (OSError, ValueError):  # gone or cut, in Triton 3.6; later versions return None
             group = {}
         paths = [Path(path) for path in group.values()]
         if any(path.suffix in BINARIES for path in paths) and all(map(whole, paths)):

@@ -60,12 +60,16 @@ def _caches() -> Iterator[tuple[str, str]]:
 
 def triton_cache() -> Path:
     """As triton.knobs has it; triton itself is slow to import and may be absent."""
-    home = Path(os.environ.get("TRITON_HOME", Path.home()))
+    home = Path(os.environ.get("TRITON_HOME") or os.path.expanduser("~"))
     return Path(os.environ.get("TRITON_CACHE_DIR", home / ".triton" / "cache"))
 
 
 def inductor_cache() -> Path:
     """As torch._inductor has it, whose import takes two seconds."""
-    user = re.sub(r'[\\/:*?"<>|]', "_", getpass.getuser())
+    try:
+        name = getpass.getuser()
+    except (ImportError, KeyError, OSError):  # a container's user without a name
+        name = f"uid_{os.getuid()}" if hasattr(os, "getuid") else "unknown_user"
+    user = re.sub(r'[\\/:*?"<>|]', "_", name)
     default = Path(tempfile.gettempdir()) / f"torchinductor_{user}"
     return Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR", default))
