@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from flashtile import flash_attn_func
-from flashtile.models.gpt import GPT, Attention, GPTConfig
+from flashtile.models.gpt import GPT, Attention, GPTConfig, sample
 from flashtile.testing.standard import standard_attention
 
 CONFIG = GPTConfig(vocab_size=32, seqlen=24, layers=2, heads=4, kv_heads=2, head_dim=8)
@@ -100,3 +100,10 @@ def test_generates_beyond_its_context() -> None:
     assert torch.equal(sampled[0][:, :4], prompt)
     assert torch.equal(sampled[0], sampled[1])
     assert not torch.equal(sampled[0], sampled[2])
+
+
+@pytest.mark.parametrize("temperature", [1e-30, 1e-38, 1e-50])
+def test_the_coldest_samples_are_the_likeliest(temperature: float) -> None:
+    """Where a logit over it is infinite in fp32, or it is 0 there."""
+    logits = torch.tensor([[1.0, 5.0, 2.0], [-7.0, -9.0, -8.0]])
+    assert sample(logits, temperature, torch.Generator()).tolist() == [1, 0]

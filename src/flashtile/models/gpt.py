@@ -149,7 +149,8 @@ def sample(logits: Tensor, temperature: float, generator: torch.Generator | None
     """Tokens (batch,) drawn from logits (batch, vocab_size), or the likeliest at 0."""
     if temperature == 0.0:
         return logits.argmax(-1)
-    p = (logits.float() / temperature).softmax(-1)
+    below = logits.float() - logits.float().amax(-1, keepdim=True)  # finite at any temperature
+    p = (below / max(temperature, 1e-30)).softmax(-1)
     # The smallest of exponential times with rates p; torch.multinomial would wait for the device.
     return (p / torch.empty_like(p).exponential_(generator=generator)).argmax(-1)
 
