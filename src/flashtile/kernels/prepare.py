@@ -10,6 +10,19 @@ from flashtile.kernels.views import load_tile, open_sequence, open_tile, row_poi
 
 
 @triton.jit
+def row_numbers(o, do, lse, dlse, span, head, rows):
+    """(lse, delta = rowsum(dout * out) - dlse) of rows; (+inf, 0) of those that saw no key, whose
+    dlse may be NaN, and of those past the end."""
+    valid = rows < span.length
+    row_delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
+    if dlse is not None:
+        row_delta -= tl.load(row_pointers(dlse, span, head, rows), mask=valid, other=0.0)
+    row_lse = tl.load(row_pointers(lse, span, head, rows), mask=valid, other=-float("inf"))
+    row_lse = tl.where(row_lse == -float("inf"), float("inf"), row_lse)
+    return row_lse, tl.where(row_lse == float("inf"), 0.0, row_delta)
+
+
+@triton.jit
 def prepare_backward(out, dout, lse, dlse, saved, sink, dsink, q_seq, heads, rescale,
                      TILE: tl.constexpr):  # fmt: skip
     """delta = rowsum(dout * out) - dlse, lse in log2 units with +inf for rows that saw no key, and
@@ -25,12 +38,7 @@ def prepare_backward(out, dout, lse, dlse, saved, sink, dsink, q_seq, heads, res
                   TILE.dim_v, TILE.padded_v)  # fmt: skip
     do = load_tile(dout, tokens(dout, q_seq, span, head), q_seq, span, first, False, BLOCK_M,
                    TILE.dim_v, TILE.padded_v)  # fmt: skip
-    row_delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
-    if dlse is not None:
-        row_delta -= tl.load(row_pointers(dlse, span, head, rows), mask=valid, other=0.0)
-    row_lse = tl.load(row_pointers(lse, span, head, rows), mask=valid, other=-float("inf"))
-    row_lse = tl.where(row_lse == -float("inf"), float("inf"), row_lse)
-    row_delta = tl.where(row_lse == float("inf"), 0.0, row_delta)  # dlse may be NaN there
+    row_lse, row_delta = row_numbers(o, do, lse, dlse, span, head, rows)
     pair = row_pointers(saved, span, head, rows, 4)
     tl.store(pair, row_lse * LOG2E, mask=valid)
     saved_delta = row_delta if rescale is None else row_delta / rescale

@@ -6,7 +6,8 @@ import triton
 import triton.language as tl
 
 from flashtile.kernels.numbers import LOG2E, number
-from flashtile.kernels.views import load_tile, open_sequence, open_tile, row_pointers, tokens
+from flashtile.kernels.prepare import row_numbers
+from flashtile.kernels.views import load_tile, open_sequence, open_tile, tokens
 
 
 @triton.jit
@@ -28,7 +29,6 @@ def prepare_backward(out, dout, lse, dlse, space, sink, dsink, q_seq, heads, res
     batch, head, first = open_tile(q_seq, number(heads.count), block, False, BLOCK_M)
     span = open_sequence(q_seq, batch)
     rows = first + tl.arange(0, BLOCK_M)
-    valid = rows < span.length
     if space.locks is None:
         sums = space.acc + block.to(tl.int64) * SUMS + tl.arange(0, SUMS)
         tl.store(sums, tl.zeros([SUMS], tl.float32))
@@ -40,12 +40,7 @@ def prepare_backward(out, dout, lse, dlse, space, sink, dsink, q_seq, heads, res
                   TILE.dim_v, PADDED)  # fmt: skip
     do = load_tile(dout, tokens(dout, q_seq, span, head), q_seq, span, first, False, BLOCK_M,
                    TILE.dim_v, PADDED)  # fmt: skip
-    row_delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
-    if dlse is not None:
-        row_delta -= tl.load(row_pointers(dlse, span, head, rows), mask=valid, other=0.0)
-    row_lse = tl.load(row_pointers(lse, span, head, rows), mask=valid, other=-float("inf"))
-    row_lse = tl.where(row_lse == -float("inf"), float("inf"), row_lse)
-    row_delta = tl.where(row_lse == float("inf"), 0.0, row_delta)  # dlse may be NaN there
+    row_lse, row_delta = row_numbers(o, do, lse, dlse, span, head, rows)
     place = space.rows + block.to(tl.int64) * (2 * BLOCK_M) + tl.arange(0, BLOCK_M)
     saved_lse, saved_delta = row_lse * LOG2E, row_delta
     if rescale is not None:
