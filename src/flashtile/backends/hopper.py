@@ -10,7 +10,7 @@ from torch import Tensor
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from flashtile.backends import blocklists, counters, operands, triton
-from flashtile.backends.hopper_backward import backward, ragged_k, ragged_q
+from flashtile.backends.hopper_backward import backward, ragged_k, ragged_q, variant_with
 from flashtile.backends.launch import Launch, processors, run
 from flashtile.backends.operands import row_view
 from flashtile.backends.replays import empty, make
@@ -27,7 +27,7 @@ from flashtile.hopper_tiles import MOST_CAP, HopperTile
 from flashtile.kernels import scores
 from flashtile.kernels.forward import Heads, Variant
 from flashtile.kernels.hopper import forward as kernels
-from flashtile.kernels.hopper import layouts, words
+from flashtile.kernels.hopper import layouts
 from flashtile.kernels.hopper.scheduler import Work
 from flashtile.kernels.numbers import opaque
 from flashtile.kernels.views import Sequences
@@ -64,11 +64,8 @@ def forward_launch(call: Call, plan: Plan, out: Tensor, lse: Tensor) -> Launch:
     if plan.hopper is None:
         raise ValueError(f"plan.hopper is None; the plan is for the {plan.backend} backend")
     q, a = call.operands.q, operands.arguments(call)
-    variant = operands.variant(call, True, blocklists.by_queries(call))
+    variant = variant_with(call, blocklists.by_queries(call))
     tile = _fitting(plan.hopper, call, variant)
-    if variant.dropouts:
-        dropout = variant.dropouts[0]._replace(multiply=words.multiply)
-        variant = variant._replace(dropouts=(dropout,))
     k_seq, keys = key_maps(call, a.k_seq, tile)
     queries, outputs, heads, rows = _query_maps(call, out, a.heads, tile)
     grid = min(processors(q.device), triton.query_grid(rows, tile.block_m))

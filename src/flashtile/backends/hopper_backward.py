@@ -16,11 +16,12 @@ from flashtile.backends.replays import empty, make
 from flashtile.backends.tensormaps import folds, mapped, numbers_map, ragged_map, tensor_map
 from flashtile.backends.torch import Gradients
 from flashtile.hopper_backward_tiles import HopperBackwardTile, backward_tile, cannot_backward
-from flashtile.kernels.forward import Heads
+from flashtile.kernels.forward import Heads, Variant
 from flashtile.kernels.hopper import backward as kernels
 from flashtile.kernels.hopper import layouts, prepare, query_gradients, words
 from flashtile.kernels.hopper.key_tiles import KeyWork
 from flashtile.kernels.numbers import opaque
+from flashtile.kernels.schedule import BlockList
 from flashtile.plan import Plan
 from flashtile.problem import Call, describe
 from flashtile.tiles import power_of_two
@@ -103,6 +104,14 @@ def _sum_of_parts(x: Tensor, parts: int) -> Tensor:
     return x.unflatten(-2, (-1, parts)).sum(-2)
 
 
+def variant_with(call: Call, blocks: BlockList | None) -> Variant:
+    """A call's variant with a list of blocks, for a Gluon kernel."""
+    variant = operands.variant(call, True, blocks)
+    return variant._replace(
+        dropouts=tuple(x._replace(multiply=words.multiply) for x in variant.dropouts)
+    )
+
+
 def workspace(call: Call, tile: HopperBackwardTile, like: Tensor) -> Workspace:
     blocks = triton.query_grid(call, tile.block_m)
     return Workspace(*replays.workspace(
@@ -142,10 +151,7 @@ def gradient_launch(
     values = [_map(x, ROWS, padded_v, ragged_k(call)) for x in (v, dv)]
     parts = dk.shape[-2] // k.shape[-2]
     work = _work(call, tile, parts)._replace(counter=space.counter, locks=space.locks)
-    variant = operands.variant(call, True, blocklists.by_keys(call))
-    variant = variant._replace(
-        dropouts=tuple(x._replace(multiply=words.multiply) for x in variant.dropouts)
-    )
+    variant = variant_with(call, blocklists.by_keys(call))
     grid = triton.key_grid(call, tile.block_n) * parts
     return Launch(
         kernels.attention_backward, min(grid, processors(q.device)) if tile.persistent else grid,

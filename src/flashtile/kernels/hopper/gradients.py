@@ -18,11 +18,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from flashtile.kernels.hopper import barriers, layouts
+from flashtile.kernels.hopper.block import compares_positions
 from flashtile.kernels.hopper.query_gradients import hand_over
 from flashtile.kernels.hopper.stages import CONSUMERS, DS_GIVEN, DS_WRITTEN
 from flashtile.kernels.hopper.walk import first_of, needs_masks
 from flashtile.kernels.hopper.words import dropped_queries
-from flashtile.kernels.masks import At, not_earlier, not_later, visible
+from flashtile.kernels.masks import At, visible
 from flashtile.kernels.scores import apply_with_slope
 from flashtile.kernels.views import Span
 
@@ -40,12 +41,6 @@ class Keys(NamedTuple):
     full_lo: Any
     full_hi: Any
     hi: Any
-
-
-@gluon.constexpr_function
-def _compares_positions(masks):
-    """Whether all masks only compare where queries and keys stand."""
-    return all(mask[0] is not_later or mask[0] is not_earlier for mask in masks)
 
 
 @gluon.jit
@@ -76,7 +71,7 @@ def probabilities(s, lse2, keys, head, place, variant, unit):
 def _see(masks, at, head, first_q, own, constants):
     """Which queries see which keys. Masks that only compare positions compare a key with a
     constant."""
-    if _compares_positions(masks):
+    if compares_positions(masks):
         q = Span(at.q.batch, at.q.row, at.q.start, at.q.length - own, at.q.room, at.q.leftpad)
         relative = At(at.batch, head, 0, at.first_k, constants, at.k_idx, q, at.k)
         return visible(masks, relative)
