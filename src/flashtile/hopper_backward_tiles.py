@@ -129,11 +129,9 @@ def _schedule(problem: AttentionProblem, padded: int) -> dict[str, Any]:
     lags 512 is 192 (d64) and 230 / 214 (d128). skips beside lags: 3% for packed sequences at 64.
     """
     dense = problem.layout == "dense"
-    if problem.features & LISTED:
+    if problem.features & LISTED or (problem.window_left < 0 and problem.window_right < 0):
         return {"lags": True, "persistent": dense}
-    if problem.window_left < 0 and problem.window_right < 0:
-        return {"lags": True, "persistent": dense}
-    ordered = dense and "mask_mod" not in problem.features
+    ordered = dense and not problem.features & UNORDERED
     if ordered and problem.seqlen_k <= SHORT:
         return {"skips": True, "adds": "after the first"}
     if ordered and problem.window_left < 0 and padded == DIMS[0]:

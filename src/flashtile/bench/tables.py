@@ -316,18 +316,19 @@ def cpu_speed(results: Path) -> str:
     ]  # fmt: skip
     if not documents:
         return ""
-    lines = [
-        _header("forward + backward", "fp32, 2,048", "fp32, 4,096", "bf16, 2,048", "bf16, 4,096")
-    ]
+    columns = [
+        (dtype, n, f"{short}, {n:,}")
+        for dtype, short in (("float32", "fp32"), ("bfloat16", "bf16")) for n in (2048, 4096)
+    ]  # fmt: skip
+    lines = [_header("forward + backward", *(heading for *_, heading in columns))]
     rows = [row for document in documents for row in document["rows"]]
     for feature in dict.fromkeys(row["feature"] for row in rows):
         cells = [row for row in rows if row["feature"] == feature]
         against = "torch's flash kernel" if cells[0]["peer"] == "aten" else "eager"
         by_column = {(row["dtype"], row["seqlen"]): row for row in cells}
-        columns = ((dtype, n) for dtype in ("float32", "bfloat16") for n in (2048, 4096))
         figures = (
             f"{_time(row['flashtile']['median_ms'])}, {row['speedup']:.2f}x" if row else ""
-            for row in map(by_column.get, columns)
+            for row in (by_column.get((dtype, n)) for dtype, n, _ in columns)
         )
         lines.append(_line(f"{feature}, against {against}", *figures))
     return "\n".join((*lines, "", *(_source(document, "cpu") for document in documents)))
