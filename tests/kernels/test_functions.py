@@ -11,7 +11,7 @@ import torch
 from flashtile import MaskFunction, ScoreFunction, flash_attn_func, reference
 from flashtile.testing import Case
 from flashtile.testing.allocations import assert_touches_nothing_else
-from flashtile.testing.functions import bending, prefixed, striding
+from flashtile.testing.functions import bending, prefixed, remembering, striding
 from flashtile.testing.interpreter import interpreted
 
 SHAPES = ((20, 36), (36, 20), (33, 33), (17, 48))
@@ -56,6 +56,13 @@ def test_functions_of_packed_and_paged_sequences(name: str) -> None:
         case = Case(name, lengths=LENGTHS, page_size=page_size, heads=2, kv_heads=1, head_dim=8,
                     features=features)  # fmt: skip
         assert_touches_nothing_else(case.draw(3))
+
+
+def test_bounds_of_one_side_alone() -> None:
+    """Tiles of keys that all queries see in part, some in whole, and others not."""
+    case = Case("remembering", 420, 420, batch=1, heads=1, kv_heads=1, head_dim=8,
+                features={"mask_mod": remembering()})  # fmt: skip
+    assert_touches_nothing_else(case.draw(4))
 
 
 OTHERS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {

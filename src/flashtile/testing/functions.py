@@ -78,8 +78,7 @@ def recent(at, args):
 
 @triton.jit
 def recent_queries(first, last, q, k, args):
-    return Range(0, 0, tl.where(first < 4, 2147483647, first + 200),
-                 tl.where(first < 4, 2147483647, last + 200))  # fmt: skip
+    return Range(0, 0, first + 200, tl.where(first < 4, 2147483647, last + 200))
 
 
 def _recent(at: Any, args: tuple[Tensor, ...]) -> Tensor:
