@@ -130,6 +130,18 @@ def test_a_prefix_with_an_empty_cache_and_an_empty_prefix() -> None:
     assert lse.eq(-torch.inf).all()
 
 
+def test_a_prefix_of_no_sequences() -> None:
+    """Queries of none of them are padding, which sees no prefix."""
+    q, pool = torch.randn(5, HEADS, 16), torch.randn(4, 8, KV_HEADS, 16)
+    prefix = torch.randn(3, KV_HEADS, 16), torch.randn(3, KV_HEADS, 16)
+    out, lse = flash_attn_with_kvcache(
+        q, pool, pool, cache_seqlens=_ints(), block_table=_ints().view(0, 2), cu_seqlens_q=_ints(0),
+        max_seqlen_q=3, prefix=prefix, return_softmax_lse=True,
+    )  # fmt: skip
+    assert out.eq(0).all()
+    assert lse.eq(-torch.inf).all()
+
+
 @pytest.mark.parametrize("page_size", [0, 8])
 def test_mla_shares_storage(page_size: int) -> None:
     """V is the first 512 of K's 576 dims."""

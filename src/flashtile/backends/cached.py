@@ -36,7 +36,7 @@ def forward(call: Call, new: NewTokens, plan: Planner, backend: Chooser) -> tupl
         appends: Any = cache if chosen.backend == "torch" else _module("append")
         call = appends.append(call, new)
     q, prefix_k, prefix_v = call.operands.q, new.prefix_k, new.prefix_v
-    if prefix_k is None or prefix_v is None or prefix_k.shape[0] == 0 or q.numel() == 0:
+    if prefix_k is None or prefix_v is None or 0 in (prefix_k.shape[0], q.numel(), call.batch):
         return backend(chosen).forward(call, chosen)
     theirs = _attend(_over_prefix(call, prefix_k, prefix_v), plan)
     lse = _heads_first(call, theirs[1])
