@@ -79,7 +79,10 @@ def load(path: Path, device: torch.device) -> GPT:
 
 
 def save(model: GPT, path: Path) -> None:
-    torch.save({"config": asdict(model.config), "model": model.state_dict()}, path)
+    """Write a checkpoint, whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    torch.save({"config": asdict(model.config), "model": model.state_dict()}, partial)
+    partial.replace(path)
 
 
 def schedule(
