@@ -41,7 +41,13 @@ from flashtile.kernels.hopper.key_tiles import (
     row_of,
     start_walk,
 )
-from flashtile.kernels.hopper.query_gradients import add_shares, first_tile, open_places
+from flashtile.kernels.hopper.query_gradients import (
+    Owed,
+    add_shares,
+    first_tile,
+    open_places,
+    settle,
+)
 from flashtile.kernels.hopper.query_lists import open_list, open_lists, place_of, row_there
 from flashtile.kernels.hopper.scheduler import pinned
 from flashtile.kernels.hopper.stages import (
@@ -147,7 +153,7 @@ def add_queries(dq, side, queue, q_seq, k_seq, masks, lists, work, TILE: gl.cons
         base = first_block(work, q_seq, tile.batch, TILE)
         q_span, schedule = open_lists(lists, tile, work, q_seq, k_seq, TILE)
         walk = start_walk(tile, work, TILE)
-        steps = tile.blocks * pinned(work.heads.group)
+        steps, owed = tile.blocks * pinned(work.heads.group), Owed(0, 0)
         if steps > 0:
             open_places()
         for j in range(steps):
@@ -156,8 +162,10 @@ def add_queries(dq, side, queue, q_seq, k_seq, masks, lists, work, TILE: gl.cons
             block = block_of(row, walk, base, work, TILE)
             if TILE.adds != "in any order":
                 before = tile.key // TILE.block_n - first_tile(row, tile, q_seq, k_seq, masks, TILE)
-            add_shares(dq, side.dq, work.locks, block, before, j == steps - 1, TILE)
+            owed = add_shares(dq, side.dq, work.locks, block, before, owed, j == steps - 1, TILE)
             walk = go_on(walk, tile, work, TILE)
+        if TILE.adds != "in any order":
+            settle(work.locks, owed, work.locks.to(gl.int64))
         tma_store_wait(0)
         barriers.arrive(TILE_DONE, EVERYBODY)
         n += 1
