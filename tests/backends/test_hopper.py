@@ -16,6 +16,7 @@ from flashtile.backends import hopper, hopper_backward, operands, tensormaps
 from flashtile.explain import explain_problem
 from flashtile.hopper_backward_tiles import backward_tile, cannot_backward
 from flashtile.hopper_tiles import TILES, cannot, forward_tile, padded_dim
+from flashtile.kernels import scores
 from flashtile.kernels.forward import Variant
 from flashtile.kernels.hopper import block
 from flashtile.kernels.numbers import opaque
@@ -394,6 +395,23 @@ def test_only_a_small_cap_bounds_the_scores(bounded: bool, keywords: dict[str, A
     call = normalise(q, q, q, **keywords)
     tile = hopper._fitting(forward_tile(describe(call)), call, operands.variant(call, True))
     assert tile.bounded == bounded
+
+
+@pytest.mark.parametrize(
+    ("columns", "keywords"),
+    [(True, {"causal": True}), (True, {"window_size": (16, 0), "softcap": 30.0}), (False, {}),
+     (False, {"window_size": (16, 16)}),
+     (False, {"causal": True, "attn_mask": torch.zeros(1, 1, 64, 64)})],
+    ids=str,
+)  # fmt: skip
+def test_alibi_goes_by_columns_where_no_key_is_after_its_query(
+    columns: bool, keywords: dict[str, Any]
+) -> None:
+    q = torch.zeros((1, 64, 2, 128), dtype=torch.bfloat16)
+    call = normalise(q, q, q, alibi_slopes=torch.ones(2), **keywords)
+    variant = hopper._by_columns(call, operands.variant(call, True))
+    found = [mod.fn for mod in variant.score_mods]
+    assert (scores.alibi_columns in found, scores.alibi in found) == (columns, not columns)
 
 
 @pytest.mark.parametrize("masks", [(), ("causal",)], ids=bool)

@@ -64,7 +64,7 @@ def forward_launch(call: Call, plan: Plan, out: Tensor, lse: Tensor) -> Launch:
     if plan.hopper is None:
         raise ValueError(f"plan.hopper is None; the plan is for the {plan.backend} backend")
     q, a = call.operands.q, operands.arguments(call)
-    variant = variant_with(call, blocklists.by_queries(call))
+    variant = _by_columns(call, variant_with(call, blocklists.by_queries(call)))
     tile = _fitting(plan.hopper, call, variant)
     k_seq, keys = key_maps(call, a.k_seq, tile)
     queries, outputs, heads, rows = _query_maps(call, out, a.heads, tile)
@@ -82,6 +82,15 @@ def _fitting(tile: HopperTile, call: Call, variant: Variant) -> HopperTile:
     capped = [mod.fn for mod in variant.score_mods] == [scores.softcap_approximate]
     small = capped and call.variant.softcap <= MOST_CAP
     return replace(tile, bounded=small and call.operands.q.dtype == torch.bfloat16)
+
+
+def _by_columns(call: Call, variant: Variant) -> Variant:
+    """With ALiBi, where it comes last and no query sees a key after it, added column by column."""
+    mods = variant.score_mods
+    if call.variant.window_right != 0 or not mods or mods[-1].fn is not scores.alibi:
+        return variant
+    last = mods[-1]._replace(fn=scores.alibi_columns)
+    return variant._replace(score_mods=(*mods[:-1], last))
 
 
 def _query_maps(

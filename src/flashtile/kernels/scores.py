@@ -66,10 +66,22 @@ def softcap_slope(before, after, at, args):
 @triton.jit
 def alibi(s, at, args):
     """s - slope * |q + seqlen_k - seqlen_q - k|; args (slopes, their batch stride, 1 / unit)."""
-    slopes, stride_batch, per_unit = args
-    slope = tl.load(slopes + at.batch * number(stride_batch) + at.head).to(tl.float32) * per_unit
     diagonal = (at.q_idx + (at.k.length - at.q.length)).to(tl.float32)
-    return s - slope * tl.abs(diagonal - at.k_idx.to(tl.float32))
+    return s - alibi_slope(at, args) * tl.abs(diagonal - at.k_idx.to(tl.float32))
+
+
+@triton.jit
+def alibi_slope(at, args):
+    """A head's, for scores in their unit."""
+    slopes, stride_batch, per_unit = args
+    return tl.load(slopes + at.batch * number(stride_batch) + at.head).to(tl.float32) * per_unit
+
+
+@triton.jit
+def alibi_columns(s, at, args):
+    """`alibi` of keys that are not after their queries, but for what is the same for all keys of a
+    row: s + slope * k, with keys counted from anywhere."""
+    return s + alibi_slope(at, args) * at.k_idx.to(tl.float32)
 
 
 @triton.jit

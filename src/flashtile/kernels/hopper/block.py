@@ -27,6 +27,8 @@ from flashtile.kernels.masks import (
 from flashtile.kernels.scores import (
     add_matrix,
     alibi,
+    alibi_columns,
+    alibi_slope,
     apply_score_mods,
     scaled,
     softcap,
@@ -74,8 +76,14 @@ def _reads_matrix(mods):
 @gluon.constexpr_function
 def _takes_distances(mods):
     """Whether no score mod asks where a key stands but for its distance from the query."""
-    own = (scaled, softcap, softcap_approximate, alibi)
+    own = (scaled, softcap, softcap_approximate, alibi, alibi_columns)
     return all(any(mod[0] is fn for fn in own) for mod in mods)
+
+
+@gluon.constexpr_function
+def by_columns(mods):
+    """Whether the last score mod leaves something to be added to all scores of a thread."""
+    return len(mods) > 0 and mods[-1][0] is alibi_columns
 
 
 @gluon.jit
@@ -111,6 +119,16 @@ def modify(s, variant, rows, place, LAST: gl.constexpr, TILE: gl.constexpr):
     if LAST or len(variant.masks) > 0 or variant.blocks is not None:
         s = mask_block(s, variant, rows, place, own, constants, BLOCK_N)
     return s
+
+
+@gluon.jit
+def column_shift(variant, rows, place, TILE: gl.constexpr):
+    """What `alibi_columns`, which counts keys from a thread's first column, leaves to be added to a
+    block's scores: one number for each row of a thread."""
+    at, first_k = rows.at, first_of(variant.blocks, place)
+    own, _ = block_columns(first_k, TILE.block_n)
+    diagonal = at.q_idx + (at.k.length - at.q.length)
+    return alibi_slope(at, variant.score_mods[-1].args) * (own - diagonal).to(gl.float32)
 
 
 @gluon.jit

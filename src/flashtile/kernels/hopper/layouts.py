@@ -41,6 +41,13 @@ def partial_row_sums(p):
 
 
 @gluon.jit
+def partial_row_maxima(x):
+    """(64, 4): of each thread's own columns."""
+    pairs = gl.max(x.reshape(x.shape[0], x.shape[1] // 8, 4, 2), 3)
+    return gl.max(pairs, 1)
+
+
+@gluon.jit
 def halves(x):
     """The left and the right columns of an accumulator, as accumulators."""
     COLUMNS: gl.constexpr = x.shape[1] // 2

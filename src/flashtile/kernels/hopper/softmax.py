@@ -13,7 +13,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_wait
 
 from flashtile.kernels.hopper import barriers, layouts
-from flashtile.kernels.hopper.block import drop_block, modify
+from flashtile.kernels.hopper.block import by_columns, column_shift, drop_block, modify
 from flashtile.kernels.hopper.channels import left_columns
 from flashtile.kernels.numbers import LN2, LOG2E
 
@@ -96,11 +96,22 @@ def rescale(acc, alpha, grown, TILE: gl.constexpr):
 
 
 @gluon.jit
-def raise_maximum(old, s, unit, TILE: gl.constexpr):
+def row_maxima(s, shift):
+    """Of s + shift, which is the same for all columns of a thread."""
+    if shift is None:
+        return gl.max(s, 1)
+    else:
+        partial = layouts.partial_row_maxima(s) + layouts.partial_row_maxima(shift)
+        rows: gl.constexpr = layouts.rows_of(s.type.layout)
+        return gl.convert_layout(gl.max(partial, 1), rows, assert_trivial=True)
+
+
+@gluon.jit
+def raise_maximum(old, s, shift, unit, TILE: gl.constexpr):
     """(new maxima, whether rows have to be rescaled)."""
     m, grown = old, 0
     if not TILE.bounded:
-        m = gl.maximum(old, gl.max(s, 1))
+        m = gl.maximum(old, row_maxima(s, shift))
     if TILE.lazy_rescale and not TILE.bounded:
         grows = (m - old) * unit > GROWTH
         m = gl.where(grows, m, old)
@@ -109,17 +120,20 @@ def raise_maximum(old, s, unit, TILE: gl.constexpr):
 
 
 @gluon.jit
-def first_maximum(s, unit, TILE: gl.constexpr):
+def first_maximum(s, shift, unit, TILE: gl.constexpr):
     """Of bounded scores these serve the whole row."""
     least = LEAST
     if TILE.bounded:
         least = FLOOR / unit
-    return gl.maximum(gl.max(s, 1), least)
+    return gl.maximum(row_maxima(s, shift), least)
 
 
 @gluon.jit
-def exponentials(s, m, unit):
-    return gl.exp2(s * unit - (m * unit)[:, None])
+def exponentials(s, m, shift, unit):
+    if shift is None:
+        return gl.exp2(s * unit - (m * unit)[:, None])
+    else:
+        return gl.exp2(s * unit - (m[:, None] - shift) * unit)
 
 
 @gluon.jit
@@ -161,8 +175,11 @@ def start_softmax(query, ring, places, i, following, place, rows, variant, unit,
     s = warpgroup_mma_wait(0, deps=[multiply_keys(query, keys, TILE)])
     ring.release(i)
     s = modify(s, variant, rows, place, True, TILE)
-    m = first_maximum(s, unit, TILE)
-    p = exponentials(s, m, unit)
+    shift = None
+    if by_columns(variant.score_mods):
+        shift = column_shift(variant, rows, place, TILE)
+    m = first_maximum(s, shift, unit, TILE)
+    p = exponentials(s, m, shift, unit)
     sums = layouts.partial_row_sums(p)
     p = drop_block(p, keys.dtype, variant, rows, place, TILE)
     acc: gl.constexpr = layouts.accumulator(TILE.padded_v)
@@ -199,15 +216,18 @@ def softmax_step(state, query, ring, places, i, place, rows, variant, unit,
     if AHEAD:  # or ptxas moves both arrivals behind 40 exponentials
         s = warpgroup_mma_wait(1, deps=[s])
     s = modify(s, variant, rows, place, False, TILE)
-    m, grown = raise_maximum(state.m, s, unit, TILE)
+    shift = None
+    if by_columns(variant.score_mods):
+        shift = column_shift(variant, rows, place, TILE)
+    m, grown = raise_maximum(state.m, s, shift, unit, TILE)
     # ptxas orders the loop by what is first. H200, 16k, head dim 128: with the decay causal is 2%
     # slower; full is 5% faster, if the loop has no wait for the second item before it.
     if AHEAD:
-        p = exponentials(s, m, unit)
+        p = exponentials(s, m, shift, unit)
         alpha = decay(state, m, unit, TILE)
     else:
         alpha = decay(state, m, unit, TILE)
-        p = exponentials(s, m, unit)
+        p = exponentials(s, m, shift, unit)
     l = add_sums(state.l, alpha, p, TILE)
     p = drop_block(p, keys.dtype, variant, rows, place, TILE)
     if AHEAD:
