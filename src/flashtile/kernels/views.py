@@ -16,6 +16,10 @@ from flashtile.kernels.numbers import number
 NEIGHBOURS = tl.constexpr(4)
 """Tiles of one head of packed sequences that are next to each other in a grid."""
 
+ROWS = tl.constexpr(16)
+"""Rows that a program loads at once where a thread loads 16 bytes: of head dim 64 with four warps,
+of 128 with eight."""
+
 
 class TokenView(NamedTuple):
     """A (batch, token, head, dim) operand, or (token, head, dim) with stride_batch 0."""
@@ -186,10 +190,13 @@ def tile_pointers(x, base, seq, span, first, BLOCK: tl.constexpr, PADDED: tl.con
     """(BLOCK, PADDED) addresses of rows first, first + 1, ... of a sequence."""
     idx, dims = tl.arange(0, BLOCK), tl.arange(0, PADDED)
     if seq.table is None:
-        # 32-bit offsets from a 64-bit scalar: half the registers of a tile of 64-bit addresses.
+        # In the order of how often they change: a thread's own address, which a mainloop keeps in
+        # two registers, then the block's, then that of its rows 16 apart, which all threads share.
+        # With an offset for each row a thread of dK and dV at head dim 128 kept sixteen registers.
         rows = idx if x.far is None else idx.to(tl.int64)
-        offsets = (rows * x.stride_token)[:, None] + dims[None, :]
-        return base + tl.cast(first, tl.int64) * x.stride_token + offsets
+        pointers = base + ((rows % ROWS * x.stride_token)[:, None] + dims[None, :])
+        pointers += tl.cast(first, tl.int64) * x.stride_token
+        return pointers + (rows // ROWS * ROWS * x.stride_token)[:, None]
     else:
         size = number(seq.page_size)
         idx = first + idx
@@ -272,12 +279,13 @@ def load_pairs(x, span, head, first, INSIDE: tl.constexpr, BLOCK: tl.constexpr):
     A vector of fewer elements than threads would be loaded by every thread for itself, element by
     element: 32 of 40 loads in the loop of dK and dV at head dim 128. 16 bytes a row are one load.
     """
-    rows = first + tl.arange(0, BLOCK)
-    pointers = row_pointers(x, span, head, rows, 4)[:, None] + tl.arange(0, 4)[None, :]
+    idx = tl.arange(0, BLOCK)
+    pointers = row_pointers(x, span, head, idx, 4)[:, None] + tl.arange(0, 4)[None, :]
+    pointers += 4 * tl.cast(first, tl.int64)
     if INSIDE:
         four = tl.load(pointers)
     else:
-        four = tl.load(pointers, mask=(rows < span.length)[:, None], other=0.0)
+        four = tl.load(pointers, mask=(first + idx < span.length)[:, None], other=0.0)
     even, odd = tl.split(tl.reshape(four, [BLOCK, 2, 2]))
     first_number, _ = tl.split(even)
     second_number, _ = tl.split(odd)
