@@ -40,7 +40,7 @@ def probe(dropped, rows_are_queries, rows_are_keys, dropout, batch, head, first_
     tl.store(dropped + where, drop(dropout, p, numbers))
     one = tl.full([], 1.0, tl.float32)
     tl.store(rows_are_queries + where, drop_score_gradient(dropout, one, one, 0.0, numbers))
-    numbers = numbers_keys_by_queries(words_keys_by_queries(dropout, at, M, N), M, N)
+    numbers = numbers_keys_by_queries(dropout, words_keys_by_queries(dropout, at, M, N), M, N)
     kept = drop_score_gradient(dropout, one, one, 0.0, numbers)
     tl.store(rows_are_keys + k[:, None] * M + q[None, :], kept)
 

@@ -195,7 +195,8 @@ def key_gradient(grads, k, v, q, saved, q_seq, at, schedule, variant, scale,
         kept = p.to(do.dtype)
         numbers = ()
         if len(words) > 0:
-            numbers = (numbers_keys_by_queries(words, TILE.block_m, TILE.block_n),)
+            numbers = (numbers_keys_by_queries(variant.dropouts[0], words, TILE.block_m,
+                                               TILE.block_n),)  # fmt: skip
             kept = drop(variant.dropouts[0], kept, numbers[0])
         # Before dS, so that the tensor cores are busy while it is computed.
         dv = tl.dot(kept, do, grads.v, input_precision=TILE.precision)

@@ -161,16 +161,18 @@ def split_words(words):
 
 @triton.jit
 def words_queries_by_keys(dropout, at, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The words of a tile whose origin is a multiple of 16, (8 a + r, 4 c + t) each."""
+    """Two words of a tile whose origin is a multiple of 16, (8 a + r, 4 c + t) each."""
     q_groups = (at.first_q // 2 + tl.arange(0, BLOCK_M // 2)).to(tl.uint32)
     k_groups = (at.first_k // 4 + tl.arange(0, BLOCK_N // 4)).to(tl.uint32)
-    return draw_words(dropout, at, q_groups[:, None], k_groups[None, :])
+    return draw_two_words(dropout, at, q_groups[:, None], k_groups[None, :])
 
 
 @triton.jit
 def numbers_queries_by_keys(words, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """A tile's numbers: uint16, whose first bit is no part of them."""
-    numbers = split_words(words)  # 8 a + r, 4 c + t, g, h, b
+    w0, w1 = words
+    w2, w3 = two_more_words(w0, w1)
+    numbers = split_words((w0, w1, w2, w3))  # 8 a + r, 4 c + t, g, h, b
     numbers = tl.reshape(numbers, [BLOCK_M // 16, 8, BLOCK_N // 16, 4, 2, 2, 2])
     numbers = tl.permute(numbers, [0, 5, 1, 2, 4, 3, 6])  # a h r, c g t b
     return tl.reshape(numbers, [BLOCK_M, BLOCK_N])
@@ -188,24 +190,25 @@ def neighbours(words):
 
 @triton.jit
 def words_keys_by_queries(dropout, at, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The transpose: words of the halves of q = 2 u and 2 u + 1, (8 c + 2 t + b, 4 a + u) each.
+    """The transpose: two words of q = 2 u + b, (8 c + 2 t + b, 4 a + u) each.
 
-    k and k + 1 are in different threads here, and need the blocks of both q: each draws one of
-    them, and they exchange the words.
+    k and k + 1 are in different threads here, and need the blocks of both q: each draws one.
     """
     keys = (at.first_k // 2 + tl.arange(0, BLOCK_N // 2)).to(tl.uint32)[:, None]
     queries = (at.first_q // 2 + tl.arange(0, BLOCK_M // 4) * 2).to(tl.uint32)[None, :]
-    b = keys % 2
-    w0, w1 = draw_two_words(dropout, at, queries + b, keys // 2)
-    v0, v1 = neighbours(w0), neighbours(w1)
-    w2, w3 = two_more_words(w0, w1)
-    v2, v3 = two_more_words(v0, v1)
-    return (dropout.own_halves(w0, v0, b), dropout.own_halves(w1, v1, b),
-            dropout.own_halves(w2, v2, b), dropout.own_halves(w3, v3, b))  # fmt: skip
+    return draw_two_words(dropout, at, queries + keys % 2, keys // 2)
 
 
 @triton.jit
-def numbers_keys_by_queries(words, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def numbers_keys_by_queries(dropout, words, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The transpose, of words that two threads exchange."""
+    w0, w1 = words
+    v0, v1 = neighbours(w0), neighbours(w1)
+    w2, w3 = two_more_words(w0, w1)
+    v2, v3 = two_more_words(v0, v1)
+    b = (tl.arange(0, BLOCK_N // 2) % 2)[:, None]
+    words = (dropout.own_halves(w0, v0, b), dropout.own_halves(w1, v1, b),
+             dropout.own_halves(w2, v2, b), dropout.own_halves(w3, v3, b))  # fmt: skip
     numbers = split_words(words)  # 8 c + 2 t + b, 4 a + u, g, h, r % 2
     numbers = tl.reshape(numbers, [BLOCK_N // 16, 8, BLOCK_M // 16, 4, 2, 2, 2])
     numbers = tl.permute(numbers, [0, 4, 1, 2, 5, 3, 6])  # c g (2 t + b), a h r
@@ -214,10 +217,11 @@ def numbers_keys_by_queries(words, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr)
 
 @triton.jit
 def draw_queries_by_keys(variant, schedule, i, at, PART: tl.constexpr, TILE: tl.constexpr):
-    """The numbers of the i-th block of keys of a part, or () without dropout.
+    """The words of the i-th block of keys of a part, or () without dropout.
 
     Mainloops draw a block ahead, behind their last product: the tensor cores are at it for longer
-    than Philox takes, and nothing else waits for them there.
+    than Philox takes, and nothing else waits for them there. What they carry is two words: four
+    take 8 registers more of a thread, which at head dim 128 dK and dV do not have.
     """
     if len(variant.dropouts) == 0:
         return ()
