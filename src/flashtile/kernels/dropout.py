@@ -127,15 +127,24 @@ def philox(multiply, c0, c1, key):
 
 @triton.jit
 def draw_two_words(dropout, at, q_groups, k_groups):
-    """The words of the Philox blocks at (q_group, k_group), broadcast together."""
+    """The words of the Philox blocks at (q_group, k_group) of a tile, broadcast together.
+
+    Counters are put together in the order of how often their parts change: what a thread has of
+    its own first, which mainloops do once, what its blocks differ by, which are constants, last.
+    """
     seed = tl.load(dropout.rng_state).to(tl.uint64)
     offset = tl.load(dropout.rng_state + 1).to(tl.uint64)
     head = tl.cast(at.batch * number(dropout.heads) + at.head, tl.uint32)
     low, high = (seed & 0xFFFFFFFF).to(tl.uint32), (seed >> 32).to(tl.uint32)
     u, v = philox(multiply, low, high, (offset & 0xFFFFFFFF).to(tl.uint32))
     start, key = philox(multiply, u ^ head, v, (offset >> 32).to(tl.uint32))
+    first_q, first_k = tl.cast(at.first_q // 2, tl.uint32), tl.cast(at.first_k // 4, tl.uint32)
+    c0 = q_groups % 8 + (start + first_q) + q_groups // 8 * 8
+    # A sum without carries, since the tile's first key is a multiple of its keys: Philox takes the
+    # exclusive or of this word, which goes with its own.
+    c1 = k_groups % 4 ^ first_k ^ k_groups // 4 * 4
     zero = q_groups * 0 + k_groups * 0
-    return philox(dropout.multiply, q_groups + start + zero, k_groups + zero, key)
+    return philox(dropout.multiply, c0 + zero, c1 + zero, key)
 
 
 @triton.jit
@@ -161,9 +170,9 @@ def split_words(words):
 
 @triton.jit
 def words_queries_by_keys(dropout, at, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Two words of a tile whose origin is a multiple of 16, (8 a + r, 4 c + t) each."""
-    q_groups = (at.first_q // 2 + tl.arange(0, BLOCK_M // 2)).to(tl.uint32)
-    k_groups = (at.first_k // 4 + tl.arange(0, BLOCK_N // 4)).to(tl.uint32)
+    """Two words of a tile whose origin is a multiple of its edges, (8 a + r, 4 c + t) each."""
+    q_groups = tl.arange(0, BLOCK_M // 2).to(tl.uint32)
+    k_groups = tl.arange(0, BLOCK_N // 4).to(tl.uint32)
     return draw_two_words(dropout, at, q_groups[:, None], k_groups[None, :])
 
 
@@ -194,8 +203,8 @@ def words_keys_by_queries(dropout, at, BLOCK_M: tl.constexpr, BLOCK_N: tl.conste
 
     k and k + 1 are in different threads here, and need the blocks of both q: each draws one.
     """
-    keys = (at.first_k // 2 + tl.arange(0, BLOCK_N // 2)).to(tl.uint32)[:, None]
-    queries = (at.first_q // 2 + tl.arange(0, BLOCK_M // 4) * 2).to(tl.uint32)[None, :]
+    keys = tl.arange(0, BLOCK_N // 2).to(tl.uint32)[:, None]
+    queries = (2 * tl.arange(0, BLOCK_M // 4)).to(tl.uint32)[None, :]
     return draw_two_words(dropout, at, queries + keys % 2, keys // 2)
 
 

@@ -31,8 +31,8 @@ def dropped_queries(dropout, at, BLOCK_M: gl.constexpr):
     A number is in the 15 highest bits of its word, above what cannot tell: words are even, and so
     never the limit where all are dropped."""
     ROWS: gl.constexpr = layouts.ROWS
-    q_groups = (at.first_q // 2 + gl.arange(0, BLOCK_M // 2, gl.AutoLayout())).to(gl.uint32)
-    pairs = (at.first_k // 2 + gl.arange(0, ROWS // 2, gl.AutoLayout())).to(gl.uint32)
+    q_groups = gl.arange(0, BLOCK_M // 2, gl.AutoLayout()).to(gl.uint32)
+    pairs = gl.arange(0, ROWS // 2, gl.AutoLayout()).to(gl.uint32)
     left = (17 - pairs % 2 * 16)[:, None]
     w0, w1 = draw_two_words(dropout, at, q_groups[None, :], (pairs // 2)[:, None])
     w0, w1 = w0 << left, w1 << left
@@ -51,8 +51,8 @@ def accumulator_numbers(dropout, at, BLOCK_N: gl.constexpr):
     """(64, BLOCK_N) uint16: 15-bit numbers, whose first bit cannot tell. The eight elements of a
     Philox block belong to the thread that draws it."""
     ROWS: gl.constexpr = layouts.ROWS
-    q_groups = (at.first_q // 2 + gl.arange(0, ROWS // 2, gl.AutoLayout())).to(gl.uint32)
-    k_groups = (at.first_k // 4 + gl.arange(0, BLOCK_N // 4, gl.AutoLayout())).to(gl.uint32)
+    q_groups = gl.arange(0, ROWS // 2, gl.AutoLayout()).to(gl.uint32)
+    k_groups = gl.arange(0, BLOCK_N // 4, gl.AutoLayout()).to(gl.uint32)
     w0, w1, w2, w3 = draw_words(dropout, at, q_groups[:, None], k_groups[None, :])
     words = gl.join(gl.join(w0, w1), gl.join(w2, w3))
     numbers = gl.join(words.to(gl.uint16), (words >> 16).to(gl.uint16))  # 8 a + r, 4 c + t, g, h, b
