@@ -191,12 +191,14 @@ def tile_pointers(x, base, seq, span, first, BLOCK: tl.constexpr, PADDED: tl.con
     idx, dims = tl.arange(0, BLOCK), tl.arange(0, PADDED)
     if seq.table is None:
         # In the order of how often they change: a thread's own address, which a mainloop keeps in
-        # two registers, then the block's, then that of its rows 16 apart, which all threads share.
-        # With an offset for each row a thread of dK and dV at head dim 128 kept sixteen registers.
+        # two registers, then the block's, then that of its rows 16 apart, which all threads share,
+        # in two steps, of which four rows have three sums. With an offset for each row a thread of
+        # dK and dV at head dim 128 kept sixteen registers.
         rows = idx if x.far is None else idx.to(tl.int64)
         pointers = base + ((rows % ROWS * x.stride_token)[:, None] + dims[None, :])
         pointers += tl.cast(first, tl.int64) * x.stride_token
-        return pointers + (rows // ROWS * ROWS * x.stride_token)[:, None]
+        pointers += (rows // ROWS % 2 * ROWS * x.stride_token)[:, None]
+        return pointers + (rows // (2 * ROWS) * (2 * ROWS) * x.stride_token)[:, None]
     else:
         size = number(seq.page_size)
         idx = first + idx
