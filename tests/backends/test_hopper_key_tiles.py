@@ -77,7 +77,6 @@ def _on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(masks, "tl", LANGUAGE)
     monkeypatch.setattr(masks, "number", _number)
     monkeypatch.setattr(key_tiles, "pinned", lambda n: torch.tensor(_number(n)))
-    monkeypatch.setattr(key_tiles, "find_sequence", _find_sequence)
     monkeypatch.setattr(key_tiles, "split_tile", scheduler.split_tile.fn)
     monkeypatch.setattr(scheduler, "gl", LANGUAGE)
     monkeypatch.setattr(scheduler, "quotient", lambda n, divisor: n // divisor)
@@ -105,9 +104,13 @@ def _open_sequence(seq: Any, batch: Any) -> Any:
     return SimpleNamespace(length=room if batch < _number(seq.batch) else 0, room=room)
 
 
-def _find_sequence(seq: Any, slot: Any, block: int) -> Any:
-    starts = seq.cu_seqlens.memory // block + torch.arange(len(seq.cu_seqlens.memory))
-    return (starts <= slot).sum() - 1
+def _order(work: Any, q_seq: Any, k_seq: Any, block: int) -> Tensor:
+    """(sequence, its tile) of each slot: `prepare.order_tiles`."""
+    batches = range(_number(k_seq.batch) + 1)
+    longest = sorted(batches, key=lambda i: -_open_sequence(q_seq, i).length)
+    found = [(i, n) for i in longest for n in range(-(-_open_sequence(k_seq, i).room // block))]
+    left = range(_number(work.key_tiles) - len(found))
+    return torch.tensor(found + [(batches[-1], 10**6 + n) for n in left], dtype=torch.int32)
 
 
 class Step(NamedTuple):
@@ -153,6 +156,9 @@ def _steps(call: Call, tile: HopperBackwardTile, parts: int = 1) -> list[list[St
         x if x.cu_seqlens is None else x._replace(cu_seqlens=Pointer(x.cu_seqlens))
         for x in sequences
     )
+    if work.order is not None:
+        order = _order(work, q_seq, k_seq, tile.block_n)
+        work = work._replace(order=Pointer(order.flatten()))
     found = []
     assert launch.grid in (1, _number(work.key_tiles) * _number(work.pairs))
     for number in range(_number(work.key_tiles) * _number(work.pairs)):

@@ -128,6 +128,22 @@ def test_rows_of_packed_sequences_are_prepared(dim: int) -> None:
     assert space.acc.eq(0).all()
 
 
+@pytest.mark.parametrize("dim", [128, 256])
+def test_tiles_of_sequences_with_many_queries_come_first(dim: int) -> None:
+    """The tokens of no sequence have the slots that are left."""
+    call, tile = _packed_call(dim)
+    total = call.operands.q.shape[0]
+    out, lse = torch.randn(total, 4, dim), torch.randn(4, total)
+    space = _poisoned(call, tile, lse)
+    run(prepare_launch(call, tile, space, out, out, lse, None, None))
+    keys = [(2, 1), (0, 100), (4, 64), (1, 9)]
+    found = [[b, n] for b, length in keys for n in range(-(-length // tile.block_n))]
+    assert space.order is not None
+    left = len(space.order) - len(found)
+    assert left > 0
+    assert space.order.tolist() == found + [[len(LENGTHS), n] for n in range(left)]
+
+
 def test_where_tiles_take_turns_locks_are_cleared_rather_than_sums() -> None:
     call, tile = _call(64, 300)
     tile = replace(tile, adds="in order", persistent=True)

@@ -48,6 +48,7 @@ class Workspace(NamedTuple):
     acc: Tensor  # (query blocks * block_m * padded / 256, 256) fp32: sums of dQ, in its own order
     counter: Tensor | None = None  # (1,) int32: see `key_tiles.KeyWork`
     locks: Tensor | None = None  # (query blocks,) int32: see `query_gradients.add_shares`
+    order: Tensor | None = None  # (tiles of a head, 2) int32: see `key_tiles.KeyWork`
 
 
 def backward(
@@ -120,7 +121,13 @@ def workspace(call: Call, tile: HopperBackwardTile, like: Tensor) -> Workspace:
         ((blocks * tile.block_m * tile.padded // 256, 256), torch.float32),
         ((1,), torch.int32) if tile.persistent else None,
         ((blocks,), torch.int32) if tile.adds != "in any order" else None,
+        ((tiles_of_a_head(call, tile), 2), torch.int32) if call.operands.k.dim() == 3 else None,
     ))  # fmt: skip
+
+
+def tiles_of_a_head(call: Call, tile: HopperBackwardTile) -> int:
+    """Of all sequences; of packed ones as many as any lengths need."""
+    return triton.key_grid(call, tile.block_n) // call.operands.k.shape[-2]
 
 
 def prepare_launch(
@@ -128,13 +135,15 @@ def prepare_launch(
     dlse: Tensor | None, shares: Tensor | None,
 ) -> Launch:  # fmt: skip
     """Fill the workspace; this call's shares of dsink, if they are asked for."""
-    dropped = operands.dropouts(call, False)
+    dropped, a = operands.dropouts(call, False), operands.arguments(call)
+    packed = space.order is not None
     return Launch(
         prepare.prepare_backward, triton.query_grid(call, tile.block_m),
         (token_view(out), token_view(dout), row_view(lse),
          triton.gradient_rows(dlse), space,
          None if shares is None else call.operands.learnable_sink, shares,
-         operands.query_sequences(call), operands.arguments(call).heads,
+         a.q_seq, a.k_seq if packed else None,
+         opaque(tiles_of_a_head(call, tile)) if packed else None, a.heads,
          dropped[0].rescale if dropped else None, tile), _warps(tile),
     )  # fmt: skip
 
@@ -150,7 +159,9 @@ def gradient_launch(
     keys = [_map(x, ROWS, padded, ragged_k(call)) for x in (k, dk)]
     values = [_map(x, ROWS, padded_v, ragged_k(call)) for x in (v, dv)]
     parts = dk.shape[-2] // k.shape[-2]
-    work = _work(call, tile, parts)._replace(counter=space.counter, locks=space.locks)
+    work = _work(call, tile, parts)._replace(
+        counter=space.counter, locks=space.locks, order=space.order
+    )
     variant = variant_with(call, blocklists.by_keys(call))
     grid = triton.key_grid(call, tile.block_n) * parts
     return Launch(
@@ -195,7 +206,7 @@ def _work(call: Call, tile: HopperBackwardTile, parts: int) -> KeyWork:
     q, k = call.operands[:2]
     blocks = triton.query_grid(call, tile.block_m) // q.shape[-2]
     pairs, together = k.shape[-2] * parts, 1
-    tiles = triton.key_grid(call, tile.block_n) // k.shape[-2]
+    tiles = tiles_of_a_head(call, tile)
     if not call.varlen:
         blocks //= call.batch
     if k.dim() == 3:

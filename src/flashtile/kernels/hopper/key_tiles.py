@@ -1,7 +1,7 @@
 """Which tile of keys a CTA of the backward works on, and the queries that see it.
 
 The producer finds tiles and tells the other warps where they lie: the divisions are done once, and
-nobody else searches packed sequences.
+nobody else looks up which packed sequence a tile is of.
 """
 
 from typing import Any, NamedTuple
@@ -23,9 +23,6 @@ from flashtile.kernels.masks import query_range
 from flashtile.kernels.schedule import schedule_list
 from flashtile.kernels.views import open_sequence
 
-LISTED = gl.constexpr(256)
-"""Offsets of packed sequences that are looked at together."""
-
 
 class KeyWork(NamedTuple):
     """All tiles of a launch and their order."""
@@ -38,6 +35,7 @@ class KeyWork(NamedTuple):
     parts: Any  # opaque, of the query heads of a KV head, each with tiles of its own
     counter: Any = None  # (1,) int32: tiles taken, where CTAs take several
     locks: Any = None  # int32 of each block of queries: see `query_gradients`
+    order: Any = None  # int32 (sequence, its tile) of each of packed sequences' tiles of a head
 
 
 class KeyTile(NamedTuple):
@@ -56,18 +54,6 @@ class Walk(NamedTuple):
     head: Any
     n: Any  # which of the tile's blocks of this head
     heads: Any  # to come with this block, where that is the same one of all heads
-
-
-@gluon.jit
-def find_sequence(seq, slot, BLOCK: gl.constexpr):
-    """`views.find_sequence`, for one warp."""
-    layout: gl.constexpr = gl.BlockedLayout([LISTED // 32], [32], [1], [0])
-    batches, found = pinned(seq.batch), 0
-    for first in range(0, batches + 1, LISTED):
-        idx = first + gl.arange(0, LISTED, layout)
-        offsets = gl.load(seq.cu_seqlens + idx, mask=idx <= batches, other=2147483647)
-        found += gl.sum((offsets // BLOCK + idx <= slot).to(gl.int32), 0)
-    return found - 1
 
 
 @gluon.jit
@@ -95,8 +81,8 @@ def find_keys(work, tile, q_seq, k_seq, masks, lists, TILE: gl.constexpr):
         kv_heads = pinned(work.heads.count) // pinned(work.heads.group)
         batch, kv_head = pair // kv_heads, pair % kv_heads
     else:
-        batch, kv_head = find_sequence(k_seq, index, BLOCK_N), pair
-        index -= gl.load(k_seq.cu_seqlens + batch) // BLOCK_N + batch
+        batch, kv_head = gl.load(work.order + 2 * index), pair
+        index = gl.load(work.order + 2 * index + 1)
     key, k_span = index * BLOCK_N, open_sequence(k_seq, batch)
     if lists is None and k_seq.cu_seqlens is None:
         first, blocks = _blocks_of(masks, key, open_sequence(q_seq, batch), k_span, TILE)

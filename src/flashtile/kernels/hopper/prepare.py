@@ -1,4 +1,5 @@
-"""What the backward needs of the forward, row by row, and zeros where dQ is summed."""
+"""What the backward needs of the forward, row by row, and zeros where dQ is summed. Of packed
+sequences, which tiles of keys they have."""
 
 from __future__ import annotations
 
@@ -9,9 +10,36 @@ from flashtile.kernels.numbers import LOG2E, number
 from flashtile.kernels.prepare import row_numbers
 from flashtile.kernels.views import load_tile, open_sequence, open_tile, tokens
 
+TOGETHER = tl.constexpr(256)
+"""Packed sequences, or tiles of one, that are looked at together."""
+
 
 @triton.jit
-def prepare_backward(out, dout, lse, dlse, space, sink, dsink, q_seq, heads, rescale,
+def order_tiles(order, q_seq, k_seq, slots, BLOCK: tl.constexpr):
+    """Write down (sequence, which of its tiles) for the tiles of keys of one packed sequence: a
+    program each. Those with more queries come first, whose tiles take longer; the tokens of no
+    sequence come last, and have the slots that are left."""
+    program, batches = tl.program_id(0), number(k_seq.batch)
+    if program <= batches:
+        own, before = open_sequence(q_seq, program).length, 0
+        for first in range(0, batches + 1, TOGETHER):
+            idx = first + tl.arange(0, TOGETHER)
+            batch = tl.minimum(idx, batches)
+            queries = open_sequence(q_seq, batch).length
+            earlier = (idx <= batches) & ((queries > own) | ((queries == own) & (idx < program)))
+            tiles = tl.cdiv(open_sequence(k_seq, batch).room, BLOCK)
+            before += tl.sum(tl.where(earlier, tiles, 0), 0)
+        count = tl.cdiv(open_sequence(k_seq, program).room, BLOCK)
+        count = tl.where(program == batches, number(slots) - before, count)
+        for first in range(0, count, TOGETHER):
+            tile = first + tl.arange(0, TOGETHER)
+            place = order + 2 * (before + tile)
+            tl.store(place, tile * 0 + program, mask=tile < count)
+            tl.store(place + 1, tile, mask=tile < count)
+
+
+@triton.jit
+def prepare_backward(out, dout, lse, dlse, space, sink, dsink, q_seq, k_seq, slots, heads, rescale,
                      TILE: tl.constexpr):  # fmt: skip
     """Of one block of queries: lse in log2 units and delta = rowsum(dout * out) - dlse, both
     block_m numbers, block after block in space.rows; zeros in the locks or, without any, in the
@@ -21,7 +49,11 @@ def prepare_backward(out, dout, lse, dlse, space, sink, dsink, q_seq, heads, res
     Rows that saw no key, and rows past the end, get lse +inf: their probabilities are 0, so that
     the backward masks no queries. Probabilities have dropout's `rescale` as a factor, unless it is
     None: delta goes without.
+
+    The first programs, of which there are more than sequences, write down the tiles of keys.
     """
+    if space.order is not None:
+        order_tiles(space.order, q_seq, k_seq, slots, TILE.block_n)
     BLOCK_M: tl.constexpr = TILE.block_m
     PADDED: tl.constexpr = TILE.padded_v
     SUMS: tl.constexpr = BLOCK_M * TILE.padded
