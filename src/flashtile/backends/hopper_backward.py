@@ -37,6 +37,11 @@ blocks apart, and what they read and add stays in L2. Time over that in any orde
 the few heads of the default and with 16 (H200): causal 4k 1.36 and 1.13, 16k 1.52 and 1.10; full 4k
 1.58 and 1.12; 1, 8 and 32 heads are no better."""
 
+WIDE_HEADS_IN_ORDER = 4
+"""As many of head dims above 128 where all queries see all keys: a head takes four times as much
+of L2. Full 4k 1.33 with 16, 1.10 with 4 and 1.18 with 2 heads, 16k 1.29, 1.17 and 1.16; causal 4k
+1.23 with 16 and 1.38 with 4, 16k 1.17 and 1.19."""
+
 ROWS = layouts.ROWS.value
 """Keys of a warpgroup."""
 
@@ -216,7 +221,9 @@ def _work(call: Call, tile: HopperBackwardTile, parts: int) -> KeyWork:
         if call.banded:
             together = min(pairs, heads_together(tiles))
         if tile.adds == "in order":
-            together = min(pairs, max(together, HEADS_IN_ORDER))
+            alike = tile.wide and not call.banded
+            least = WIDE_HEADS_IN_ORDER if alike else HEADS_IN_ORDER
+            together = min(pairs, max(together, least))
     heads = Heads(opaque(q.shape[-2]), opaque(q.shape[-2] // (k.shape[-2] * parts)))
     return KeyWork(
         opaque(tiles), opaque(blocks), opaque(pairs), opaque(together), heads, opaque(parts)
