@@ -37,8 +37,7 @@ def _language(grid: _Grid) -> SimpleNamespace:
 @pytest.fixture
 def grid(monkeypatch: pytest.MonkeyPatch) -> _Grid:
     found = _Grid()
-    for name in ("blocks_seen", "blocks_from", "rounded", "open_share", "find_segment",
-                 "sharers"):  # fmt: skip
+    for name in ("blocks_seen", "blocks_from", "rounded", "open_share", "find_segment"):
         monkeypatch.setattr(shares, name, getattr(shares, name).fn)
     for module in (shares, parts):
         monkeypatch.setattr(module, "gl", _language(found))
@@ -82,21 +81,21 @@ def test_every_block_is_dealt_out_once_and_parts_meet_in_the_order_of_keys(
         assert share.stop - share.start <= share.size
         unit = share.start
         while unit < share.stop:
-            s = shares.find_segment(unit, share.stop, *arguments)
+            s = shares.find_segment(unit, share, *arguments)
             tile = int(s.batch), int(s.head)
             blocks += [(*tile, int(s.block) + i) for i in range(int(s.count))]
-            if s.count == s.blocks:
+            first, several = int(s.first), int(s.several)
+            if several == 1:
                 whole.add(tile)
             else:
-                first, several = (int(x) for x in shares.sharers(share, s))
-                slot = int(parts.slot_of.fn(torch.tensor(program), s.part))
+                slot = int(parts.slot_of.fn(torch.tensor(program), program - s.first))
                 left.setdefault(tile, []).append((slot, int(s.block)))
                 expected = [
                     int(parts.slot_of.fn(first + torch.tensor(i), torch.tensor(i)))
                     for i in range(several)
                 ]
             unit = unit + s.count
-            if s.count < s.blocks and s.part + s.count == s.blocks:
+            if several > 1 and program == first + several - 1:
                 assert [slot for slot, _ in left[tile]] == expected
                 assert [block for _, block in left[tile]] == sorted(b for _, b in left[tile])
     every = [

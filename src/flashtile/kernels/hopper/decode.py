@@ -31,7 +31,7 @@ from flashtile.kernels.hopper.parts import (
     store_result,
     tile_rows,
 )
-from flashtile.kernels.hopper.shares import blocks_seen, find_segment, open_share, sharers
+from flashtile.kernels.hopper.shares import blocks_seen, find_segment, open_share
 from flashtile.kernels.hopper.softmax import LEAST
 from flashtile.kernels.hopper.stream import (
     Cursor,
@@ -126,18 +126,18 @@ def clear_rest(out, lse, q_seq, k_seq, masks, sink, heads, work, TILE: gl.conste
 
 
 @gluon.jit
-def close_segment(out, lse, result, q_seq, s, share, heads, sink, parts, TILE: gl.constexpr):
+def close_segment(out, lse, result, q_seq, s, heads, sink, parts, TILE: gl.constexpr):
     """Write the result of a tile, or a part of it, and merge the parts if they are all there."""
-    if s.count == s.blocks:
+    if s.several == 1:
         row = gl.arange(0, layouts.ROWS, result.lse.type.layout)
         rows = tile_rows(row, s.head, heads)
         store_result(out, lse, result, q_seq, s.q, rows, sink, TILE.dim_v)
     else:
-        first, several = sharers(share, s)
-        store_part(parts, slot_of(gl.program_id(0), s.part), result)
-        if last_to_arrive(parts, first, several):
-            merge_tile(out, lse, parts, first, several, q_seq, s.q, s.head, heads, sink, TILE)
-            gl.store(parts.counter + first, 0)
+        program = gl.program_id(0)
+        store_part(parts, slot_of(program, program - s.first), result)
+        if last_to_arrive(parts, s.first, s.several):
+            merge_tile(out, lse, parts, s, q_seq, heads, sink, TILE)
+            gl.store(parts.counter + s.first, 0)
 
 
 @gluon.jit
@@ -150,7 +150,7 @@ def attention_decode(q, k, v, out, lse, q_seq, k_seq, variant, sink, scale, head
     ring = Ring(make_blocks(k, SLOTS, TILE.block_n, TILE.padded), make_barriers(SLOTS), SLOTS, 128)
     fence_async_shared()
     unit = share.start
-    s = find_segment(unit, share.stop, q_seq, k_seq, variant.masks, work.kv_heads, TILE)
+    s = find_segment(unit, share, q_seq, k_seq, variant.masks, work.kv_heads, TILE)
     if unit < share.stop:
         touch_queries(source, s, TILE)
     cursor = fill(ring, share, Cursor(unit, s), unit, unit, source, variant.masks, TILE)
@@ -158,16 +158,15 @@ def attention_decode(q, k, v, out, lse, q_seq, k_seq, variant, sink, scale, head
         query = load_queries(source, s, TILE)
         rows = open_rows(s, heads, variant.masks, TILE)
         state = start_state(TILE)
-        first, _ = sharers(share, s)
         for j in range(s.count):
             if j == gl.maximum(s.count - LATE, 0):
-                touch(work.parts.counter + first)
+                touch(work.parts.counter + s.first)
             first_k = (s.block + j) * TILE.block_n
             state = attend_block(state, query, ring, 2 * (unit - share.start), first_k, rows,
                                  variant, scale.log2, TILE)  # fmt: skip
             unit += 1
             cursor = fill(ring, share, cursor, s.unit, unit, source, variant.masks, TILE)
         result = finish_state(state, scale.log2, TILE)
-        close_segment(out, lse, result, q_seq, s, share, heads, sink, work.parts, TILE)
+        close_segment(out, lse, result, q_seq, s, heads, sink, work.parts, TILE)
         s = cursor.segment
     clear_rest(out, lse, q_seq, k_seq, variant.masks, sink, heads, work, TILE)

@@ -76,9 +76,9 @@ def store_result(out, lse, result, q_seq, span, rows, sink, DIM: gl.constexpr):
 
 
 @gluon.jit
-def slot_of(program, part):
-    """Where a program leaves its part of a tile; `part` is 0 for the first one."""
-    return program + gl.where(part == 0, gl.num_programs(0), 0)
+def slot_of(program, place):
+    """Where a program leaves its part of a tile; `place` is 0 for the first one that has any."""
+    return program + gl.where(place == 0, gl.num_programs(0), 0)
 
 
 @gluon.jit
@@ -160,14 +160,13 @@ def finish(m, l, acc):
 
 
 @gluon.jit
-def merge_tile(out, lse, parts, first, count, q_seq, span, kv_head, heads, sink,
-               TILE: gl.constexpr):  # fmt: skip
+def merge_tile(out, lse, parts, s, q_seq, heads, sink, TILE: gl.constexpr):
     ROWS: gl.constexpr = 512 // TILE.padded_v
     for row in range(0, number(parts.rows), ROWS):
-        result = merge_rows(parts, first, count, row, TILE)
+        result = merge_rows(parts, s.first, s.several, row, TILE)
         idx = row + gl.arange(0, ROWS, result.lse.type.layout)
-        rows = tile_rows(idx, kv_head, heads)
-        store_result(out, lse, result, q_seq, span, rows, sink, TILE.dim_v)
+        rows = tile_rows(idx, s.head, heads)
+        store_result(out, lse, result, q_seq, s.q, rows, sink, TILE.dim_v)
 
 
 @gluon.jit

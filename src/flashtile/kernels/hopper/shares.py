@@ -32,10 +32,10 @@ class Segment(NamedTuple):
     unit: Any  # the first
     batch: Any
     head: Any
-    part: Any  # of the blocks that the queries see, the first
     block: Any  # the first, counted from the first key
     count: Any
-    blocks: Any  # that the queries see
+    first: Any  # program that has blocks of the head
+    several: Any  # programs that have
     q: Any  # Span
     k: Any  # Span
 
@@ -96,7 +96,7 @@ def open_share(q_seq, k_seq, masks, kv_heads, TILE: gl.constexpr):
 
 
 @gluon.jit
-def find_segment(unit, stop, q_seq, k_seq, masks, kv_heads, TILE: gl.constexpr):
+def find_segment(unit, share, q_seq, k_seq, masks, kv_heads, TILE: gl.constexpr):
     """The segment that begins with a unit: the sequences that end at or before it are counted."""
     batch, start, before = 0, 0, 0
     for first in range(0, number(q_seq.batch), TILE.scan):
@@ -112,13 +112,7 @@ def find_segment(unit, stop, q_seq, k_seq, masks, kv_heads, TILE: gl.constexpr):
     blocks = gl.maximum(blocks, 1)
     head = gl.minimum(quotient(unit - start, blocks), number(kv_heads) - 1)
     part = unit - start - head * blocks
-    count = gl.minimum(blocks - part, stop - unit)
-    return Segment(unit, batch, head, part, first_block + part, count, blocks, q_span, k_span)
-
-
-@gluon.jit
-def sharers(share, segment):
-    """(the first program that has blocks of a segment's KV head, how many programs have)."""
-    start = segment.unit - segment.part
-    first = quotient(start, share.size)
-    return first, quotient(start + segment.blocks - 1, share.size) - first + 1
+    count = gl.minimum(blocks - part, share.stop - unit)
+    first = quotient(unit - part, share.size)
+    several = quotient(unit - part + blocks - 1, share.size) - first + 1
+    return Segment(unit, batch, head, first_block + part, count, first, several, q_span, k_span)

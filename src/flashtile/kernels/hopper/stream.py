@@ -102,7 +102,7 @@ def fill(ring, share, cursor, here, done, source, masks, TILE: gl.constexpr):
         (unit < s.unit + s.count) | (s.unit == here)
     ):
         if unit == s.unit + s.count:
-            s = find_segment(unit, share.stop, source.q_seq, k_seq, masks, source.kv_heads, TILE)
+            s = find_segment(unit, share, source.q_seq, k_seq, masks, source.kv_heads, TILE)
             touch_queries(source, s, TILE)
         i, first = 2 * (unit - share.start), (s.block + unit - s.unit) * TILE.block_n
         if k_seq.table is not None:
