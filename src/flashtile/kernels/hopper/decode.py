@@ -161,7 +161,7 @@ def attention_decode(q, k, v, out, lse, q_seq, k_seq, variant, sink, scale, head
         for j in range(s.count):
             if j == gl.maximum(s.count - LATE, 0):
                 touch(work.parts.counter + s.first)
-            first_k = (s.block + j) * TILE.block_n
+            first_k = (s.block + j * s.step) * TILE.block_n
             state = attend_block(state, query, ring, 2 * (unit - share.start), first_k, rows,
                                  variant, scale.log2, TILE)  # fmt: skip
             unit += 1

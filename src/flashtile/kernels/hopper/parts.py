@@ -1,7 +1,7 @@
 """Results of tiles, whole ones and those whose keys several programs had.
 
 A part is a result of its own, normalised, beside its lse. The last program to leave one for a tile
-merges all of them in the order of their keys, so that who comes last makes no difference.
+merges all of them in the order of the programs, so that who comes last makes no difference.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
 A unit is a block of keys of a KV head of a sequence; each program has an equal number of units that
 follow each other, whatever the lengths, as long as there are any. The blocks of one KV head that a
-program has are a segment.
+program has are a segment. Programs with equal parts of a head take its blocks by turns: all of them
+read one stretch of memory, not one each.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ class Segment(NamedTuple):
     batch: Any
     head: Any
     block: Any  # the first, counted from the first key
+    step: Any  # from one to the next
     count: Any
     first: Any  # program that has blocks of the head
     several: Any  # programs that have
@@ -115,4 +117,10 @@ def find_segment(unit, share, q_seq, k_seq, masks, kv_heads, TILE: gl.constexpr)
     count = gl.minimum(blocks - part, share.stop - unit)
     first = quotient(unit - part, share.size)
     several = quotient(unit - part + blocks - 1, share.size) - first + 1
-    return Segment(unit, batch, head, first_block + part, count, first, several, q_span, k_span)
+    place, step = part, 1
+    if k_seq.table is None:  # neighbours in a table are in one line
+        alike = (several * share.size == blocks) & (first * share.size == unit - part)
+        place = gl.where(alike, gl.program_id(0) - first, part)
+        step = gl.where(alike, several, 1)
+    return Segment(unit, batch, head, first_block + place, step, count, first, several, q_span,
+                   k_span)  # fmt: skip

@@ -104,7 +104,7 @@ def fill(ring, share, cursor, here, done, source, masks, TILE: gl.constexpr):
         if unit == s.unit + s.count:
             s = find_segment(unit, share, source.q_seq, k_seq, masks, source.kv_heads, TILE)
             touch_queries(source, s, TILE)
-        i, first = 2 * (unit - share.start), (s.block + unit - s.unit) * TILE.block_n
+        i, first = 2 * (unit - share.start), (s.block + (unit - s.unit) * s.step) * TILE.block_n
         if k_seq.table is not None:
             touch_pages(k_seq, s, first + EARLY, source.k.block_type.shape[-2], TILE.block_n)
         window = open_window(source.k, k_seq, s.k, s.batch, s.k.length)
