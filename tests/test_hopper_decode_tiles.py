@@ -22,8 +22,8 @@ STREAMED = frozenset({"seqused_k", "softcap", "alibi_slopes"})
     ("changes", "reason"),
     [
         ({}, None),
-        ({"seqlen_q": 4}, None),
-        ({"seqlen_q": 5}, "merges 16 queries times heads of a KV head"),
+        ({"seqlen_q": 16}, None),
+        ({"seqlen_q": 16, "heads": 40}, "has 64 queries times heads of a KV head at a time"),
         ({"seqlen_q": 17}, "more than 64 rows"),
         ({"layout": "varlen", "seqlen_q": 4, "total_q": 64}, None),
         ({"dtype": "float32"}, "float16 and bfloat16"),
@@ -74,3 +74,8 @@ def test_tiles_fit_together(dim: int) -> None:
 )
 def test_sequences_are_looked_at_together(batch: int, scan: int) -> None:
     assert decode_tile(replace(LLAMA, batch=batch)).scan == scan
+
+
+def test_many_rows_are_merged_by_all_programs() -> None:
+    assert decode_tile(replace(LLAMA, seqlen_q=4)).alone
+    assert not decode_tile(replace(LLAMA, seqlen_q=5)).alone

@@ -8,10 +8,9 @@ from flashtile.decode_tiles import MOST_ROWS, cannot_decode
 from flashtile.hopper_tiles import cannot, padded_dim
 from flashtile.problem import AttentionProblem
 
-MOST_STREAMED = 16
-"""Queries times heads of a KV head: one program merges a tile's parts, 4 rows of 16 parts at a
-time. With 32 parts of 64 rows that is 1 MB, which the portable kernels' second launch spreads over
-the GPU."""
+MOST_ALONE = 16
+"""Queries times heads of a KV head whose parts one program merges, 4 rows of 16 parts at a time,
+each as long as it takes to come from L2. Those of 64 rows (1 MB) all merge, in a second launch."""
 
 SCANS = (32, 128, 1024)
 """Sequences that a program looks at together: the first that holds the batch, or the last."""
@@ -37,6 +36,7 @@ class HopperDecodeTile:
     scan: int  # sequences that are looked at together
     pairs: int = 2  # blocks of keys and of values on their way to a program
     parts: int = 16  # of a tile that are merged together
+    alone: bool = True  # by the last program that leaves one
 
     @property
     def block_m(self) -> int:
@@ -60,8 +60,8 @@ def cannot_stream(problem: AttentionProblem) -> str | None:
         return reason
     if p.split_size or p.num_splits:
         reason = "deals out keys by itself, here their parts are given"
-    elif p.seqlen_q * p.group > MOST_STREAMED:
-        reason = f"merges {MOST_STREAMED} queries times heads of a KV head, these are more"
+    elif p.seqlen_q * p.group > MOST_ROWS:
+        reason = f"has {MOST_ROWS} queries times heads of a KV head at a time, these are more"
     elif p.page_size and p.page_size % 16:
         reason = f"needs pages of a multiple of 16 tokens, these are of {p.page_size}"
     elif p.latent:
@@ -77,4 +77,5 @@ def decode_tile(problem: AttentionProblem) -> HopperDecodeTile:
     return HopperDecodeTile(
         p.head_dim, p.head_dim_v, padded, PAIR_BYTES // (4 * padded),
         next((n for n in SCANS if p.batch <= n), SCANS[-1]),
+        alone=p.seqlen_q * p.group <= MOST_ALONE,
     )  # fmt: skip

@@ -46,7 +46,8 @@ def forward(
     out = empty((*q.shape[:-1], v.shape[-1]), q, out_dtype)
     lse = empty(call.lse_shape, q, torch.float32)
     if plan.stream is not None and prefix is None and out_dtype is None and _streams(call):
-        run(hopper_decode.forward_launch(call, plan.stream, out, lse))
+        for launch in hopper_decode.launches(call, plan.stream, out, lse):
+            run(launch)
     elif lse.numel() > 0:
         for launch in launches(call, plan, out, lse, prefix):
             run(launch)

@@ -1,4 +1,4 @@
-"""The Hopper decode kernel's host side: one launch whose grid and workspace depend on shapes."""
+"""The Hopper decode kernel's host side: launches whose grid and workspace depend on shapes."""
 
 from __future__ import annotations
 
@@ -21,16 +21,24 @@ from flashtile.kernels.numbers import opaque
 from flashtile.problem import Call
 
 
-def forward_launch(call: Call, tile: HopperDecodeTile, out: Tensor, lse: Tensor) -> Launch:
+def launches(call: Call, tile: HopperDecodeTile, out: Tensor, lse: Tensor) -> tuple[Launch, ...]:
+    """The attention, and the merge of parts where a program does not do it alone."""
     q, k, v = call.operands[:3]
     call = call._replace(operands=call.operands._replace(k=mapped(k), v=mapped(v)))
     a, variant = operands.arguments(call), operands.variant(call, True)
     k_seq, keys = key_maps(call, a.k_seq, tile)
     grid = PROGRAMS_PER_SM * processors(q.device)
-    return Launch(
+    work, sink = _work(call, tile, grid), call.operands.learnable_sink
+    results = token_view(out), row_view(lse)
+    attention = Launch(
         kernels.attention_decode, grid,
-        (a.q, *keys, token_view(out), row_view(lse), a.q_seq, k_seq, variant,
-         call.operands.learnable_sink, a.scale, a.heads, _work(call, tile, grid), tile),
+        (a.q, *keys, *results, a.q_seq, k_seq, variant, sink, a.scale, a.heads, work, tile),
+    )  # fmt: skip
+    if tile.alone:
+        return (attention,)
+    return attention, Launch(
+        kernels.merge_parts, grid,
+        (*results, a.q_seq, k_seq, variant.masks, sink, a.heads, work, tile),
     )  # fmt: skip
 
 

@@ -3,7 +3,8 @@
 All query heads of a KV head, for all queries of a sequence, are the rows of one tile. Two programs
 run on a multiprocessor, and each has a ring of blocks of keys and values on their way, which runs
 on from one tile to the next: loads are always under way, while one program of the two computes. One
-launch does it all: see `shares` for who does what, `parts` for what is left to merge.
+launch does it all, but for parts of many rows: see `shares` for who does what, `parts` for what is
+left to merge.
 """
 
 from __future__ import annotations
@@ -127,7 +128,8 @@ def clear_rest(out, lse, q_seq, k_seq, masks, sink, heads, work, TILE: gl.conste
 
 @gluon.jit
 def close_segment(out, lse, result, q_seq, s, heads, sink, parts, TILE: gl.constexpr):
-    """Write the result of a tile, or a part of it, and merge the parts if they are all there."""
+    """Write the result of a tile, or a part of it, and merge the parts if they are all there and
+    have few rows."""
     if s.several == 1:
         row = gl.arange(0, layouts.ROWS, result.lse.type.layout)
         rows = tile_rows(row, s.head, heads)
@@ -135,8 +137,8 @@ def close_segment(out, lse, result, q_seq, s, heads, sink, parts, TILE: gl.const
     else:
         program = gl.program_id(0)
         store_part(parts, slot_of(program, program - s.first), result)
-        if last_to_arrive(parts, s.first, s.several):
-            merge_tile(out, lse, parts, s, q_seq, heads, sink, TILE)
+        if TILE.alone and last_to_arrive(parts, s.first, s.several):
+            merge_tile(out, lse, parts, s, q_seq, heads, sink, 0, 1, TILE)
             gl.store(parts.counter + s.first, 0)
 
 
@@ -159,7 +161,7 @@ def attention_decode(q, k, v, out, lse, q_seq, k_seq, variant, sink, scale, head
         rows = open_rows(s, heads, variant.masks, TILE)
         state = start_state(TILE)
         for j in range(s.count):
-            if j == gl.maximum(s.count - LATE, 0):
+            if TILE.alone and j == gl.maximum(s.count - LATE, 0):
                 touch(work.parts.counter + s.first)
             first_k = (s.block + j * s.step) * TILE.block_n
             state = attend_block(state, query, ring, 2 * (unit - share.start), first_k, rows,
@@ -170,3 +172,17 @@ def attention_decode(q, k, v, out, lse, q_seq, k_seq, variant, sink, scale, head
         close_segment(out, lse, result, q_seq, s, heads, sink, work.parts, TILE)
         s = cursor.segment
     clear_rest(out, lse, q_seq, k_seq, variant.masks, sink, heads, work, TILE)
+
+
+@gluon.jit
+def merge_parts(out, lse, q_seq, k_seq, masks, sink, heads, work, TILE: gl.constexpr):
+    """Merge what `attention_decode` left, as many programs: those with parts of a tile divide its
+    rows among themselves."""
+    share = open_share(q_seq, k_seq, masks, work.kv_heads, TILE)
+    unit = share.start
+    while unit < share.stop:
+        s = find_segment(unit, share, q_seq, k_seq, masks, work.kv_heads, TILE)
+        if s.several > 1:
+            place = gl.program_id(0) - s.first
+            merge_tile(out, lse, work.parts, s, q_seq, heads, sink, place, s.several, TILE)
+        unit += s.count

@@ -1,7 +1,8 @@
 """Results of tiles, whole ones and those whose keys several programs had.
 
 A part is a result of its own, normalised, beside its lse. The last program to leave one for a tile
-merges all of them in the order of the programs, so that who comes last makes no difference.
+merges all of them in the order of the programs, so that who comes last makes no difference; those
+of more than 16 rows are merged by another launch.
 """
 
 from __future__ import annotations
@@ -160,9 +161,10 @@ def finish(m, l, acc):
 
 
 @gluon.jit
-def merge_tile(out, lse, parts, s, q_seq, heads, sink, TILE: gl.constexpr):
+def merge_tile(out, lse, parts, s, q_seq, heads, sink, first, step, TILE: gl.constexpr):
+    """Every step-th of the groups of rows of a segment's tile, from the group `first` on."""
     ROWS: gl.constexpr = 512 // TILE.padded_v
-    for row in range(0, number(parts.rows), ROWS):
+    for row in range(ROWS * first, number(parts.rows), ROWS * step):
         result = merge_rows(parts, s.first, s.several, row, TILE)
         idx = row + gl.arange(0, ROWS, result.lse.type.layout)
         rows = tile_rows(idx, s.head, heads)
