@@ -156,6 +156,7 @@ def attention_decode(q, k, v, out, lse, q_seq, k_seq, variant, sink, scale, head
     if unit < share.stop:
         touch_queries(source, s, TILE)
     cursor = fill(ring, share, Cursor(unit, s), unit, unit, source, variant.masks, TILE)
+    clear_rest(out, lse, q_seq, k_seq, variant.masks, sink, heads, work, TILE)
     while unit < share.stop:
         query = load_queries(source, s, TILE)
         rows = open_rows(s, heads, variant.masks, TILE)
@@ -171,7 +172,6 @@ def attention_decode(q, k, v, out, lse, q_seq, k_seq, variant, sink, scale, head
         result = finish_state(state, scale.log2, TILE)
         close_segment(out, lse, result, q_seq, s, heads, sink, work.parts, TILE)
         s = cursor.segment
-    clear_rest(out, lse, q_seq, k_seq, variant.masks, sink, heads, work, TILE)
 
 
 @gluon.jit
