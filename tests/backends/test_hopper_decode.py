@@ -86,18 +86,19 @@ def test_every_block_is_dealt_out_once_and_parts_meet_in_the_order_of_keys(
         while unit < share.stop:
             s = shares.find_segment(unit, share, *arguments)
             tile = int(s.batch), int(s.head)
-            blocks += [(*tile, int(s.block + i * s.step)) for i in range(int(s.count))]
+            own = [int(s.base + u * s.step) for u in range(int(unit), int(s.stop))]
+            blocks += [(*tile, block) for block in own]
             first, several = int(s.first), int(s.several)
             if several == 1:
                 whole.add(tile)
             else:
                 slot = int(parts.slot_of.fn(torch.tensor(program), program - s.first))
-                left.setdefault(tile, []).append((slot, int(s.block)))
+                left.setdefault(tile, []).append((slot, own[0]))
                 expected = [
                     int(parts.slot_of.fn(first + torch.tensor(i), torch.tensor(i)))
                     for i in range(several)
                 ]
-            unit = unit + s.count
+            unit = s.stop
             if several > 1 and program == first + several - 1:
                 assert [slot for slot, _ in left[tile]] == expected
                 assert [block for _, block in left[tile]] == sorted(b for _, b in left[tile])

@@ -47,7 +47,7 @@ from flashtile.kernels.numbers import number
 from flashtile.kernels.views import open_sequence
 
 LATE = gl.constexpr(3)
-"""Blocks before the end of a segment that the counter of its parts is asked for."""
+"""Blocks before the end of a segment that the counter of its parts is asked for once more."""
 
 
 class Work(NamedTuple):
@@ -155,20 +155,22 @@ def attention_decode(q, k, v, out, lse, q_seq, k_seq, variant, sink, scale, head
     s = find_segment(unit, share, q_seq, k_seq, variant.masks, work.kv_heads, TILE)
     if unit < share.stop:
         touch_queries(source, s, TILE)
-    cursor = fill(ring, share, Cursor(unit, s), unit, unit, source, variant.masks, TILE)
+    cursor = fill(ring, share, Cursor(unit, s), s.stop, unit, source, variant.masks, TILE)
     clear_rest(out, lse, q_seq, k_seq, variant.masks, sink, heads, work, TILE)
     while unit < share.stop:
         query = load_queries(source, s, TILE)
         rows = open_rows(s, heads, variant.masks, TILE)
         state = start_state(TILE)
-        for j in range(s.count):
-            if TILE.alone and j == gl.maximum(s.count - LATE, 0):
+        if TILE.alone:
+            touch(work.parts.counter + s.first)
+        while unit < s.stop:
+            if TILE.alone and unit + LATE == s.stop:
                 touch(work.parts.counter + s.first)
-            first_k = (s.block + j * s.step) * TILE.block_n
+            first_k = (s.base + unit * s.step) * TILE.block_n
             state = attend_block(state, query, ring, 2 * (unit - share.start), first_k, rows,
                                  variant, scale.log2, TILE)  # fmt: skip
             unit += 1
-            cursor = fill(ring, share, cursor, s.unit, unit, source, variant.masks, TILE)
+            cursor = fill(ring, share, cursor, s.stop, unit, source, variant.masks, TILE)
         result = finish_state(state, scale.log2, TILE)
         close_segment(out, lse, result, q_seq, s, heads, sink, work.parts, TILE)
         s = cursor.segment
@@ -185,4 +187,4 @@ def merge_parts(out, lse, q_seq, k_seq, masks, sink, heads, work, TILE: gl.const
         if s.several > 1:
             place = gl.program_id(0) - s.first
             merge_tile(out, lse, work.parts, s, q_seq, heads, sink, place, s.several, TILE)
-        unit += s.count
+        unit = s.stop

@@ -30,12 +30,11 @@ class Share(NamedTuple):
 class Segment(NamedTuple):
     """Blocks of keys of one KV head of a sequence, as far as a program has them."""
 
-    unit: Any  # the first
+    stop: Any  # the unit after the last
     batch: Any
     head: Any
-    block: Any  # the first, counted from the first key
-    step: Any  # from one to the next
-    count: Any
+    base: Any  # unit u is block base + u * step, counted from the first key
+    step: Any
     first: Any  # program that has blocks of the head
     several: Any  # programs that have
     q: Any  # Span
@@ -114,7 +113,7 @@ def find_segment(unit, share, q_seq, k_seq, masks, kv_heads, TILE: gl.constexpr)
     blocks = gl.maximum(blocks, 1)
     head = gl.minimum(quotient(unit - start, blocks), number(kv_heads) - 1)
     part = unit - start - head * blocks
-    count = gl.minimum(blocks - part, share.stop - unit)
+    stop = gl.minimum(unit - part + blocks, share.stop)
     first = quotient(unit - part, share.size)
     several = quotient(unit - part + blocks - 1, share.size) - first + 1
     place, step = part, 1
@@ -122,5 +121,5 @@ def find_segment(unit, share, q_seq, k_seq, masks, kv_heads, TILE: gl.constexpr)
         alike = (several * share.size == blocks) & (first * share.size == unit - part)
         place = gl.where(alike, gl.program_id(0) - first, part)
         step = gl.where(alike, several, 1)
-    return Segment(unit, batch, head, first_block + place, step, count, first, several, q_span,
-                   k_span)  # fmt: skip
+    base = first_block + place - unit * step
+    return Segment(stop, batch, head, base, step, first, several, q_span, k_span)

@@ -96,15 +96,13 @@ def load_queries(source, s, TILE: gl.constexpr):
 @gluon.jit
 def fill(ring, share, cursor, here, done, source, masks, TILE: gl.constexpr):
     """Load as many blocks as there is room for when those before the unit `done` were read, at most
-    to the end of the segment after the one that begins `here`."""
+    to the end of the segment after the one that ends `here`."""
     k_seq, unit, s = source.k_seq, cursor.unit, cursor.segment
-    while (unit < gl.minimum(share.stop, done + TILE.pairs)) & (
-        (unit < s.unit + s.count) | (s.unit == here)
-    ):
-        if unit == s.unit + s.count:
+    while (unit < gl.minimum(share.stop, done + TILE.pairs)) & ((unit < s.stop) | (s.stop == here)):
+        if unit == s.stop:
             s = find_segment(unit, share, source.q_seq, k_seq, masks, source.kv_heads, TILE)
             touch_queries(source, s, TILE)
-        i, first = 2 * (unit - share.start), (s.block + (unit - s.unit) * s.step) * TILE.block_n
+        i, first = 2 * (unit - share.start), (s.base + unit * s.step) * TILE.block_n
         if k_seq.table is not None:
             touch_pages(k_seq, s, first + EARLY, source.k.block_type.shape[-2], TILE.block_n)
         window = open_window(source.k, k_seq, s.k, s.batch, s.k.length)
