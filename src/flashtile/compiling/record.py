@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 from flashtile.tiles import LEAST_SHARED, SHARED_LIMIT
 
-SPILL_LIMIT = 512
-"""Bytes a thread may spill. What is live across a mainloop and not in it costs little: the fastest
-dK/dV tile at head_dim 128 on an H200 spills 280 bytes with a bias. Tiles that do not fit spill
-thousands."""
+SPILL_LIMIT = 520
+"""Bytes a thread may spill: dK/dV at head_dim 192 with a bias, in Triton 3.6 (500 in 3.7). What is
+live across a mainloop and not in it costs little: the fastest dK/dV tile at head_dim 128 on an H200
+spills 280 bytes with a bias. Tiles that do not fit spill thousands."""
 
 HARMLESS = {"C7519"}
 """Messages of ptxas that cost nothing to speak of. C7519 puts a warpgroup.arrive before products of

@@ -190,11 +190,15 @@ def tile_pointers(x, base, seq, span, first, BLOCK: tl.constexpr, PADDED: tl.con
     """(BLOCK, PADDED) addresses of rows first, first + 1, ... of a sequence."""
     idx, dims = tl.arange(0, BLOCK), tl.arange(0, PADDED)
     if seq.table is None:
+        rows = idx if x.far is None else idx.to(tl.int64)
+        if PADDED > 128:
+            # As below, dK and dV spilled 744 bytes with a bias at head dim 192, 500 like this.
+            offsets = (rows * x.stride_token)[:, None] + dims[None, :]
+            return base + tl.cast(first, tl.int64) * x.stride_token + offsets
         # In the order of how often they change: a thread's own address, which a mainloop keeps in
         # two registers, then the block's, then that of its rows 16 apart, which all threads share,
         # in two steps, of which four rows have three sums. With an offset for each row a thread of
         # dK and dV at head dim 128 kept sixteen registers.
-        rows = idx if x.far is None else idx.to(tl.int64)
         pointers = base + ((rows % ROWS * x.stride_token)[:, None] + dims[None, :])
         pointers += tl.cast(first, tl.int64) * x.stride_token
         pointers += (rows // ROWS % 2 * ROWS * x.stride_token)[:, None]
