@@ -151,10 +151,10 @@ def test_explanation_names_the_choice_and_what_was_passed_over() -> None:
 @pytest.mark.parametrize(
     ("arch", "feature", "deterministic", "backward", "reason"),
     [
-        ("sm_90", None, False, "64 queries x 128 keys, dQ added after the first", None),
+        ("sm_90", None, False, "64 queries x 128 keys, dQ added in any order", None),
         ("sm_90", None, True, "64 queries x 128 keys, dQ added in order", None),
         ("sm_90", "bias", False, "dQ 128 queries x 64 keys, dK", "backward has no registers"),
-        ("sm_90", "mask_mod", False, "64 queries x 128 keys, dQ added in any order", None),
+        ("sm_90", "dropout", False, "64 queries x 128 keys, dQ added in any order", None),
         ("sm_90", "attn_mask", True, "dQ 128 queries x 64 keys, dK", "backward adds dQ in order"),
         ("sm_80", None, False, "dQ 64 queries x 64 keys, dK", "needs an NVIDIA Hopper GPU"),
         ("", None, False, "", "needs an NVIDIA Hopper GPU"),

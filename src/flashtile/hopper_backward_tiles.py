@@ -14,8 +14,9 @@ DIMS = (64, 128, 256)
 SHORT = 512
 """Keys up to which causal tiles have so little to do that clearing the sums of dQ counts."""
 
-MEDIUM = 4096
-"""Keys up to which it counts at head dim 128 as well, where tiles wait longer for the first."""
+MEDIUM = 2048
+"""Keys up to which it counts at head dim 128 as well, where tiles wait longer for the first; twice
+as many of the longest of packed sequences, of which most are shorter."""
 
 MISSING = frozenset({"cache_batch_idx", "cache_leftpad", "fp8_cache", "tree_mask"})
 """Features that the kernel does not do."""
@@ -105,7 +106,7 @@ def backward_tile(problem: AttentionProblem, deterministic: bool = False) -> Hop
     if dim > DIMS[1]:
         padded_v = 128 if dim_v <= DIMS[1] else 256
         tile = HopperBackwardTile(dim, dim_v, 256, padded_v, 64, dout_slots=1, block_n=64, kept=64)
-        short = problem.layout == "dense" and problem.seqlen_k <= SHORT
+        short = problem.layout == "dense" and problem.seqlen_k <= SHORT and problem.group == 1
         if short and problem.window_right >= 0 and not problem.features & UNORDERED:
             tile = replace(tile, adds="after the first")  # 5.8% at 512, -7% at 4k (H200)
     else:
@@ -131,17 +132,18 @@ def _schedule(problem: AttentionProblem, padded: int) -> dict[str, Any]:
     persistent: 3% to 5% more for full attention, whose tiles are alike; under a causal mask it
     loses as much. "after the first", which clears no sums: causal at head dim 64, TFLOP/s over
     sums in any order, 512 184 / 176, 1k 286 / 277, 2k 395 / 372, 4k 466 / 441, 8k 501 / 481, 16k
-    525 / 517. With skips instead of lags 512 is 192 (d64) and 230 / 214 (d128); with both, head
-    dim 128, ms over those in any order: 1k 0.501 / 0.519, 2k 0.750 / 0.767, 4k 1.265 / 1.278, 16k
-    4.50 / 4.21. Packed lognormal lengths of 16k tokens: 0.830 -> 0.787 ms after the first at 64,
-    0.593 -> 0.566 at 128; with skips as well 0.808 and 0.572.
+    525 / 517. With skips instead of lags 512 is 192 (d64) and 230 / 214 (d128). With both, head
+    dim 128, ms over those in any order: 1k 0.501 / 0.519, 2k 0.750 / 0.767, 4k the same, 16k 4.50
+    / 4.21, and 0.70 / 0.63 where 32 heads share a KV head, at 4k. Packed lognormal lengths of 16k
+    tokens: 0.787 / 0.830 at 64, 0.566 / 0.593 at 128; with skips as well 0.808 and 0.572.
     """
     dense, ordered = problem.layout == "dense", not problem.features & UNORDERED
     if problem.features & LISTED or (problem.window_left < 0 and problem.window_right < 0):
         return {"lags": True, "persistent": dense}
     if ordered and dense and problem.seqlen_k <= SHORT:
         return {"skips": True, "adds": "after the first"}
-    narrow = padded == DIMS[0]
-    if ordered and problem.window_left < 0 and (narrow or problem.seqlen_k <= MEDIUM):
+    narrow, longest = padded == DIMS[0], MEDIUM if dense else 2 * MEDIUM
+    gains = narrow or (problem.group == 1 and problem.seqlen_k <= longest)
+    if ordered and problem.window_left < 0 and gains:
         return {"lags": True, "skips": dense and not narrow, "adds": "after the first"}
     return {"lags": True, "skips": narrow}

@@ -99,10 +99,10 @@ def test_tiles_fit_and_do_not_depend_on_lengths_alone() -> None:
         assert backward.shared_bytes + 1024 <= 232_448
         assert backward.dim_v <= backward.padded_v <= backward.padded
         assert backward.wide == (dim > 128)
-        assert backward.adds == ("in any order" if dim > 128 else "after the first")
-        for tokens, adds in ((512, "after the first"), (8192, "in any order")):
-            other = backward_tile(replace(problem, seqlen_q=tokens, seqlen_k=tokens))
-            assert other.adds == ("after the first" if dim == 64 else adds)
+        assert backward.adds == ("after the first" if dim == 64 else "in any order")
+        for tokens, adds in ((512, True), (2048, dim <= 128), (4096, dim == 64)):
+            apart = replace(problem, seqlen_q=tokens, seqlen_k=tokens, kv_heads=problem.heads)
+            assert backward_tile(apart).adds == ("after the first" if adds else "in any order")
         full = replace(problem, window_right=-1, seqlen_q=512, seqlen_k=512)
         assert backward_tile(full).adds == "in any order"
     for causal in (False, True):

@@ -34,6 +34,7 @@ class Case(NamedTuple):
     kernels: tuple[str, ...] = ()  # those that differ from another case's; empty: all it launches
     new_tiles: bool = False  # only those of its kernels whose tile no case before it has
     tokens: int = TOKENS  # the Hopper kernel's tiles depend on it
+    kv_heads: int = 0  # 0: KV_HEADS; the Hopper backward has another tile for as many as heads
     only: str = ""  # the one architecture that it is compiled for
 
     def __str__(self) -> str:
@@ -168,7 +169,8 @@ def every_case() -> list[Case]:
     # Backward gathers pages first; without masks the mainloops are those of causal calls.
     cases.append(Case("paged", "float16", 128, 128, ("attention_forward",)))
     cases.append(Case("full", "float16", 128, 128, only=HOPPER))
-    cases.append(Case("packed", "bfloat16", 128, 128, HOPPER_BACKWARD, only=HOPPER))
+    cases += [Case("packed", "bfloat16", 128, 128, HOPPER_BACKWARD, kv_heads=kv_heads, only=HOPPER)
+              for kv_heads in (KV_HEADS, HEADS)]  # fmt: skip
     cases.append(Case("decode-pages", "bfloat16", 128, 128))
     cases += [Case(name, "bfloat16", 128, 128, only=HOPPER)
               for name in ("decode", "decode-tall", "decode-e4m3")]  # fmt: skip
@@ -185,6 +187,8 @@ def every_case() -> list[Case]:
     hopper = [Case("causal", "bfloat16", *MIXED_DIMS), Case("full", "bfloat16", 64, 64)]
     hopper += [Case("causal", "bfloat16", dim, dim, tokens=tokens)
                for dim, tokens in ((64, SHORT), (128, SHORT), (64, LONG), (128, FEW))]  # fmt: skip
+    hopper += [Case("causal", "bfloat16", dim, dim, tokens=tokens, kv_heads=HEADS)
+               for dim, tokens in ((128, TOKENS), (256, SHORT))]  # fmt: skip
     return cases + [case._replace(new_tiles=True, only=HOPPER) for case in hopper]
 
 
@@ -194,8 +198,8 @@ def device_cases() -> list[Case]:
         Case(name, dtype, *dims) for dtype in ("bfloat16", "float16") for dims in COMMON_DIMS
         for name in ("causal", "full")
     ] + [
-        Case("causal", dtype, *dims, HOPPER_BACKWARD, tokens=SHORT)
-        for dtype in ("bfloat16", "float16") for dims in COMMON_DIMS if dims[0] <= 128
+        Case("causal", dtype, *dims, HOPPER_BACKWARD, tokens=tokens, kv_heads=HEADS)
+        for dtype in ("bfloat16", "float16") for dims in COMMON_DIMS for tokens in (SHORT, TOKENS)
     ]  # fmt: skip
 
 
@@ -213,8 +217,8 @@ def build(case: Case) -> Call:
         tokens_k = (BATCH * TOKENS // page, page)
     stored = torch.float8_e4m3fn if "k_descale" in keywords else dtype
     q = _meta(*tokens_q, HEADS, case.head_dim, dtype=dtype)
-    k = _meta(*tokens_k, KV_HEADS, case.head_dim, dtype=stored)
-    v = _meta(*tokens_k, KV_HEADS, case.head_dim_v, dtype=stored)
+    k = _meta(*tokens_k, case.kv_heads or KV_HEADS, case.head_dim, dtype=stored)
+    v = _meta(*tokens_k, case.kv_heads or KV_HEADS, case.head_dim_v, dtype=stored)
     if case.variant == "decode-latent":
         v = k[..., : case.head_dim_v]
     return normalise(q, k, v, **keywords)
