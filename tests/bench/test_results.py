@@ -312,5 +312,20 @@ def test_plots(tmp_path: Path) -> None:
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in written)
 
 
+def test_every_cell_of_a_feature_is_drawn() -> None:
+    """Those off the grid differ in tokens and heads; the last one stood for all."""
+    cells = [("lengths", 1000, 16), ("lengths", 4096, 12), ("gqa", 4096, 32)]
+    times = {name: {"median_ms": 2.0} for name in ("flashtile", "plain")}
+    rows = [{"feature": feature, "seqlen": seqlen, "heads": heads, "head_dim": 128, "mode": mode,
+             "batch": 1, "kv_heads": heads, "backend": "hopper", "flops": 1e9, "providers": times,
+             "plain": {"flops": 1e9, "backend": "hopper"}}
+            for feature, seqlen, heads in cells for mode in ("fwd", "bwd")]  # fmt: skip
+    figure = plots.draw_features({"suite": "features", "environment": ENVIRONMENT, "rows": rows})
+    [axes] = figure.axes
+    names = [text.get_text() for text in axes.get_yticklabels()]
+    assert names == ["gqa", "lengths, 4,096 x 12", "lengths, 1,000 x 16"]
+    assert [len(bars) for bars in axes.containers] == [3, 3]
+
+
 def test_no_results_draw_no_plots(tmp_path: Path) -> None:
     assert plots.draw(tmp_path) == []

@@ -80,12 +80,12 @@ def _draw_rates(axes: Axes, rows: list[Row]) -> None:
 def draw_features(document: Document) -> Figure:
     """Time for the same FLOPs in units of plain attention's, a pair of bars a feature."""
     rows = [row for row in document["rows"] if row["head_dim"] == 128]
-    names = list(dict.fromkeys(row["feature"] for row in rows))
+    names = list(dict.fromkeys(_cell_name(row, rows) for row in rows))
     figure = _figure(9.0, 0.45 * len(names) + 1.8)
     axes = figure.add_subplot()
     _style(axes, "Time for the same FLOPs, in units of plain attention's")
     for offset, mode, color in ((0.2, "fwd", "#0072B2"), (-0.2, "bwd", "#56B4E9")):
-        costs = {r["feature"]: cost for r in rows
+        costs = {_cell_name(r, rows): cost for r in rows
                  if r["mode"] == mode and (cost := against_plain(r)) is not None}  # fmt: skip
         heights = [len(names) - 1 - names.index(name) + offset for name in costs]
         bars = axes.barh(heights, list(costs.values()), 0.38, color=color, label=MODES[mode])
@@ -95,6 +95,12 @@ def draw_features(document: Document) -> Figure:
     axes.legend(frameon=False)
     _caption(figure, document, "head dim 128, bf16")
     return figure
+
+
+def _cell_name(row: Row, rows: list[Row]) -> str:
+    """Of a row's cell: the feature, and its tokens and heads where it has several cells."""
+    sizes = {(r["seqlen"], r["heads"]) for r in rows if r["feature"] == row["feature"]}
+    return row["feature"] + (f", {row['seqlen']:,} x {row['heads']}" if len(sizes) > 1 else "")
 
 
 def draw_memory(document: Document) -> Figure:
