@@ -106,8 +106,7 @@ def backward_tile(problem: AttentionProblem, deterministic: bool = False) -> Hop
     if dim > DIMS[1]:
         padded_v = 128 if dim_v <= DIMS[1] else 256
         tile = HopperBackwardTile(dim, dim_v, 256, padded_v, 64, dout_slots=1, block_n=64, kept=64)
-        short = problem.layout == "dense" and problem.seqlen_k <= SHORT and problem.group == 1
-        if short and problem.window_right >= 0 and not problem.features & UNORDERED:
+        if _short(problem) and problem.group == 1 and problem.window_right >= 0:
             tile = replace(tile, adds="after the first")  # 5.8% at 512, -7% at 4k (H200)
     else:
         padded, block_m = (64, 128) if dim <= DIMS[0] else (128, 64)
@@ -137,13 +136,19 @@ def _schedule(problem: AttentionProblem, padded: int) -> dict[str, Any]:
     / 4.21, and 0.70 / 0.63 where 32 heads share a KV head, at 4k. Packed lognormal lengths of 16k
     tokens: 0.787 / 0.830 at 64, 0.566 / 0.593 at 128; with skips as well 0.808 and 0.572.
     """
-    dense, ordered = problem.layout == "dense", not problem.features & UNORDERED
+    dense = problem.layout == "dense"
     if problem.features & LISTED or (problem.window_left < 0 and problem.window_right < 0):
         return {"lags": True, "persistent": dense}
-    if ordered and dense and problem.seqlen_k <= SHORT:
+    if _short(problem):
         return {"skips": True, "adds": "after the first"}
     narrow, longest = padded == DIMS[0], MEDIUM if dense else 2 * MEDIUM
     gains = narrow or (problem.group == 1 and problem.seqlen_k <= longest)
-    if ordered and problem.window_left < 0 and gains:
+    if gains and problem.window_left < 0 and not problem.features & UNORDERED:
         return {"lags": True, "skips": dense and not narrow, "adds": "after the first"}
     return {"lags": True, "skips": narrow}
+
+
+def _short(problem: AttentionProblem) -> bool:
+    """Whether so few keys are seen that clearing counts, by a mask that a tile may wait under."""
+    few = problem.layout == "dense" and problem.seqlen_k <= SHORT
+    return few and not problem.features & UNORDERED

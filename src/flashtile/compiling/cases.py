@@ -217,8 +217,9 @@ def build(case: Case) -> Call:
         tokens_k = (BATCH * TOKENS // page, page)
     stored = torch.float8_e4m3fn if "k_descale" in keywords else dtype
     q = _meta(*tokens_q, HEADS, case.head_dim, dtype=dtype)
-    k = _meta(*tokens_k, case.kv_heads or KV_HEADS, case.head_dim, dtype=stored)
-    v = _meta(*tokens_k, case.kv_heads or KV_HEADS, case.head_dim_v, dtype=stored)
+    kv_heads = case.kv_heads or KV_HEADS
+    k = _meta(*tokens_k, kv_heads, case.head_dim, dtype=stored)
+    v = _meta(*tokens_k, kv_heads, case.head_dim_v, dtype=stored)
     if case.variant == "decode-latent":
         v = k[..., : case.head_dim_v]
     return normalise(q, k, v, **keywords)

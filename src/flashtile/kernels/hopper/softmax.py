@@ -175,9 +175,8 @@ def start_softmax(query, ring, places, i, following, place, rows, variant, unit,
     s = warpgroup_mma_wait(0, deps=[multiply_keys(query, keys, TILE)])
     ring.release(i)
     s = modify(s, variant, rows, place, True, TILE)
-    shift = None
-    if by_columns(variant.score_mods):
-        shift = column_shift(variant, rows, place, TILE)
+    columns: gl.constexpr = by_columns(variant.score_mods)
+    shift = column_shift(variant, rows, place, TILE) if columns else None
     m = first_maximum(s, shift, unit, TILE)
     p = exponentials(s, m, shift, unit)
     sums = layouts.partial_row_sums(p)
@@ -216,9 +215,8 @@ def softmax_step(state, query, ring, places, i, place, rows, variant, unit,
     if AHEAD:  # or ptxas moves both arrivals behind 40 exponentials
         s = warpgroup_mma_wait(1, deps=[s])
     s = modify(s, variant, rows, place, False, TILE)
-    shift = None
-    if by_columns(variant.score_mods):
-        shift = column_shift(variant, rows, place, TILE)
+    columns: gl.constexpr = by_columns(variant.score_mods)
+    shift = column_shift(variant, rows, place, TILE) if columns else None
     m, grown = raise_maximum(state.m, s, shift, unit, TILE)
     # ptxas orders the loop by what is first. H200, 16k, head dim 128: with the decay causal is 2%
     # slower; full is 5% faster, if the loop has no wait for the second item before it.
