@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from flashtile.decode_tiles import MOST_ROWS, cannot_decode
 from flashtile.hopper_tiles import cannot, padded_dim
@@ -17,6 +17,9 @@ SCANS = (32, 128, 1024)
 
 PAIR_BYTES = 32_768
 """Of a block of keys and one of values."""
+
+E4M3_DIM, MOST_COLUMNS = 128, 16
+"""The head dim whose pairs fill 128 bytes of shared memory, and the most rows beside e4m3."""
 
 MOST_BLOCKS = 2**30
 """Of keys in a launch, of which each program's share is rounded up."""
@@ -37,6 +40,8 @@ class HopperDecodeTile:
     pairs: int = 2  # blocks of keys and of values on their way to a program
     parts: int = 16  # of a tile that are merged together
     alone: bool = True  # by the last program that leaves one
+    e4m3: bool = False  # K and V are, and read two dims at a time
+    rows: int = MOST_ROWS  # queries times heads of a KV head
 
     @property
     def block_m(self) -> int:
@@ -48,14 +53,26 @@ class HopperDecodeTile:
         return self.padded
 
     @property
+    def stored(self) -> int:
+        """16-bit elements of a row of a block of keys."""
+        return self.padded // 2 if self.e4m3 else self.padded
+
+    @property
+    def stored_v(self) -> int:
+        return self.stored
+
+    @property
     def shared_bytes(self) -> int:
         """Of 16-bit tiles."""
-        return 4 * self.pairs * self.block_n * self.padded
+        return 4 * self.pairs * self.block_n * self.stored
 
 
 def cannot_stream(problem: AttentionProblem) -> str | None:
     """Why the Hopper decode kernel does not take a problem, or None."""
-    p, reason = problem, cannot_decode(problem) or cannot(problem)
+    p, e4m3 = problem, "fp8_cache" in problem.features
+    reason = cannot_decode(p) or cannot(replace(p, features=p.features - {"fp8_cache"}))
+    if reason is None and e4m3:
+        reason = _cannot_widen(p)
     if reason is not None:
         return reason
     if p.split_size or p.num_splits:
@@ -71,11 +88,24 @@ def cannot_stream(problem: AttentionProblem) -> str | None:
     return reason
 
 
+def _cannot_widen(problem: AttentionProblem) -> str | None:
+    p, reason = problem, None
+    if "token_scales" in p.features:
+        reason = "has no scales of tokens"
+    elif p.head_dim != E4M3_DIM or p.head_dim_v != E4M3_DIM:
+        reason = f"reads e4m3 of head dim {E4M3_DIM}"
+    elif p.seqlen_q * p.group > MOST_COLUMNS:
+        reason = f"has {MOST_COLUMNS} queries times heads of a KV head at a time beside e4m3"
+    return reason
+
+
 def decode_tile(problem: AttentionProblem) -> HopperDecodeTile:
     p = problem
     padded = padded_dim(p.head_dim, p.head_dim_v) or 0
+    e4m3, rows = "fp8_cache" in p.features, p.seqlen_q * p.group
     return HopperDecodeTile(
-        p.head_dim, p.head_dim_v, padded, PAIR_BYTES // (4 * padded),
+        p.head_dim, p.head_dim_v, padded, PAIR_BYTES // ((2 if e4m3 else 4) * padded),
         next((n for n in SCANS if p.batch <= n), SCANS[-1]),
-        alone=p.seqlen_q * p.group <= MOST_ALONE,
+        alone=rows <= MOST_ALONE, e4m3=e4m3,
+        rows=MOST_ROWS if not e4m3 else 8 if rows <= 8 else MOST_COLUMNS,
     )  # fmt: skip

@@ -149,7 +149,8 @@ def plan(problem: AttentionProblem, device: Device, among: tuple[str, ...] = BAC
     if (chosen in ("hopper", "triton") or wide) and cannot_decode(problem) is None:
         decode = decode_config(device.arch, problem)
         tile = TileConfig(decode.block_m, decode.block_n)
-        if chosen == "hopper" and cannot_stream(problem) is None:
+        hopper_too = "hopper" in among and _why_not("hopper", device) is None
+        if hopper_too and cannot_stream(problem) is None:
             stream = decode_tile(problem)
             tile = TileConfig(stream.block_m, stream.block_n)
     return Plan(

@@ -116,9 +116,12 @@ def key_maps(
 ) -> tuple[Sequences, list[TensorDescriptor]]:
     """The keys' sequences, and maps of k and v."""
     k, v = call.operands[1:3]
+    rows, widths = tile.block_n, (tile.padded, tile.padded_v)
+    if isinstance(tile, HopperDecodeTile):
+        widths = tile.stored, tile.stored_v
     if not call.held:
-        return seq, _maps(ragged_k(call), tile.block_n, (k, tile.padded), (v, tile.padded_v))
-    steps, rows, widths = Steps.of(k), tile.block_n, (tile.padded, tile.padded_v)
+        return seq, _maps(ragged_k(call), rows, (k, widths[0]), (v, widths[1]))
+    steps = Steps.of(k)
     columns = widths
     if call.sequences.block_table is not None:
         rows, columns = min(rows, k.shape[1]), (PAGE_COLUMNS, PAGE_COLUMNS)

@@ -26,7 +26,7 @@ def launches(call: Call, tile: HopperDecodeTile, out: Tensor, lse: Tensor) -> tu
     q, k, v = call.operands[:3]
     call = call._replace(operands=call.operands._replace(k=mapped(k), v=mapped(v)))
     a, variant = operands.arguments(call), operands.variant(call, True)
-    k_seq, keys = key_maps(call, a.k_seq, tile)
+    k_seq, keys = key_maps(_in_pairs(call) if tile.e4m3 else call, a.k_seq, tile)
     grid = PROGRAMS_PER_SM * processors(q.device)
     work, sink = _work(call, tile, grid), call.operands.learnable_sink
     results = token_view(out), row_view(lse)
@@ -40,6 +40,16 @@ def launches(call: Call, tile: HopperDecodeTile, out: Tensor, lse: Tensor) -> tu
         kernels.merge_parts, grid,
         (*results, a.q_seq, k_seq, variant.masks, sink, a.heads, work, tile),
     )  # fmt: skip
+
+
+def _in_pairs(call: Call) -> Call:
+    """A call whose e4m3 keys and values are 16-bit elements of two dims."""
+    k, v = (make(_as_pairs, x) for x in call.operands[1:3])
+    return call._replace(operands=call.operands._replace(k=k, v=v))
+
+
+def _as_pairs(x: Tensor) -> Tensor:
+    return x.view(torch.bfloat16)
 
 
 def _work(call: Call, tile: HopperDecodeTile, grid: int) -> kernels.Work:

@@ -19,7 +19,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from flashtile.kernels.hopper import layouts
+from flashtile.kernels.hopper import columns, layouts
+from flashtile.kernels.hopper._compat import barrier
 from flashtile.kernels.hopper.block import Rows, modify
 from flashtile.kernels.hopper.channels import Ring, make_barriers, make_blocks
 from flashtile.kernels.hopper.parts import (
@@ -131,7 +132,7 @@ def close_segment(out, lse, result, q_seq, s, heads, sink, parts, TILE: gl.const
     """Write the result of a tile, or a part of it, and merge the parts if they are all there and
     have few rows."""
     if s.several == 1:
-        row = gl.arange(0, layouts.ROWS, result.lse.type.layout)
+        row = gl.arange(0, result.out.shape[0], result.lse.type.layout)
         rows = tile_rows(row, s.head, heads)
         store_result(out, lse, result, q_seq, s.q, rows, sink, TILE.dim_v)
     else:
@@ -149,7 +150,8 @@ def attention_decode(q, k, v, out, lse, q_seq, k_seq, variant, sink, scale, head
     source = Sources(q, k, v, q_seq, k_seq, heads, work.kv_heads)
     share = open_share(q_seq, k_seq, variant.masks, work.kv_heads, TILE)
     SLOTS: gl.constexpr = 2 * TILE.pairs
-    ring = Ring(make_blocks(k, SLOTS, TILE.block_n, TILE.padded), make_barriers(SLOTS), SLOTS, 128)
+    blocks = make_blocks(k, SLOTS, TILE.block_n, TILE.stored)
+    ring = Ring(blocks, make_barriers(SLOTS), SLOTS, 128)
     fence_async_shared()
     unit = share.start
     s = find_segment(unit, share, q_seq, k_seq, variant.masks, work.kv_heads, TILE)
@@ -158,20 +160,34 @@ def attention_decode(q, k, v, out, lse, q_seq, k_seq, variant, sink, scale, head
     cursor = fill(ring, share, Cursor(unit, s), s.stop, unit, source, variant.masks, TILE)
     clear_rest(out, lse, q_seq, k_seq, variant.masks, sink, heads, work, TILE)
     while unit < share.stop:
-        query = load_queries(source, s, TILE)
-        rows = open_rows(s, heads, variant.masks, TILE)
-        state = start_state(TILE)
+        if TILE.e4m3:
+            query = columns.load_queries(source, s, TILE)
+            rows = columns.open_columns(source, s, variant, TILE)
+            state = columns.start_state(TILE)
+        else:
+            query = load_queries(source, s, TILE)
+            rows = open_rows(s, heads, variant.masks, TILE)
+            state = start_state(TILE)
         if TILE.alone:
             touch(work.parts.counter + s.first)
         while unit < s.stop:
             if TILE.alone and unit + LATE == s.stop:
                 touch(work.parts.counter + s.first)
             first_k = (s.base + unit * s.step) * TILE.block_n
-            state = attend_block(state, query, ring, 2 * (unit - share.start), first_k, rows,
-                                 variant, scale.log2, TILE)  # fmt: skip
+            i = 2 * (unit - share.start)
+            if TILE.e4m3:
+                state = columns.attend_block(state, query, ring, i, first_k, rows, variant,
+                                             scale.log2, TILE)  # fmt: skip
+                barrier()
+            else:
+                state = attend_block(state, query, ring, i, first_k, rows, variant, scale.log2,
+                                     TILE)  # fmt: skip
             unit += 1
             cursor = fill(ring, share, cursor, s.stop, unit, source, variant.masks, TILE)
-        result = finish_state(state, scale.log2, TILE)
+        if TILE.e4m3:
+            result = columns.finish_state(state, scale.log2, rows, TILE)
+        else:
+            result = finish_state(state, scale.log2, TILE)
         close_segment(out, lse, result, q_seq, s, heads, sink, work.parts, TILE)
         s = cursor.segment
 

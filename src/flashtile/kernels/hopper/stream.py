@@ -107,7 +107,7 @@ def fill(ring, share, cursor, here, done, source, masks, TILE: gl.constexpr):
             touch_pages(k_seq, s, first + EARLY, source.k.block_type.shape[-2], TILE.block_n)
         window = open_window(source.k, k_seq, s.k, s.batch, s.k.length)
         place = k_seq, s.k, window, s.head
-        load_block(place, ring, i, source.k, first, TILE.block_n, TILE.padded)
-        load_block(place, ring, i + 1, source.v, first, TILE.block_n, TILE.padded_v)
+        load_block(place, ring, i, source.k, first, TILE.block_n, TILE.stored)
+        load_block(place, ring, i + 1, source.v, first, TILE.block_n, TILE.stored_v)
         unit += 1
     return Cursor(unit, s)
