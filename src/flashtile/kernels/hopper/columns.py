@@ -3,8 +3,12 @@
 A block of keys is dealt out to the four warps, and each has a softmax state of its own until the
 last: nothing is exchanged and no warp waits for another in the loop. Products are transposed, S^T =
 K Q^T and O^T = V^T P^T, so that keys and dims are the 16 rows of a matrix instruction and queries
-its 8 columns: K and V go from shared memory to registers, where they are widened (see `widen`), and
-to the instruction. An even dim and the odd one after it are one 16-bit element until then.
+its 8 columns: K and V go from shared memory to registers, where they become float16, and to the
+instruction. Two dims are one 16-bit element until then.
+
+float16 has all e4m3 numbers. Queries are multiplied by a power of two, so that a row's largest is
+between 2^14 and 2^15: what its others lose is 2^-39 of that. Probabilities are counted in 2^-15,
+which leaves them in full down to 2^-29, bfloat16's three bits longer.
 """
 
 from __future__ import annotations
@@ -22,9 +26,11 @@ from flashtile.kernels.hopper.softmax import LEAST
 from flashtile.kernels.masks import At, key_range, visible
 from flashtile.kernels.scores import apply_score_mods
 from flashtile.kernels.views import tokens
-from flashtile.kernels.widen import query_unit, shrunk, widen_at_once
 
 WARPS = gl.constexpr(4)
+
+TOP = gl.constexpr(15)
+"""log2 of the largest probability, and of what queries are less than."""
 
 LANES = gl.constexpr(8)
 """Of a warp, that have rows of the same columns."""
@@ -38,6 +44,14 @@ class Columns(NamedTuple):
     full_hi: Any
     k_scale: Any  # of the scores that products of widened numbers are
     v_scale: Any
+
+
+class Queries(NamedTuple):
+    """(WARPS, dims, ROWS): of every four dims the first two, and the others."""
+
+    first: Any
+    second: Any
+    unit: Any  # (ROWS,) what products with them are to be multiplied by
 
 
 class State(NamedTuple):
@@ -74,42 +88,49 @@ def along(axis, layout):
 
 @gluon.jit
 def load_queries(source, s, TILE: gl.constexpr):
-    """(even, odd) dims of a tile's rows, (WARPS, dims, ROWS), in their unit; 0 past the end."""
+    """The rows of a tile as `read_keys` has the dims; 0 past the end."""
     layout: gl.constexpr = right()
-    DTYPE: gl.constexpr = source.q.ptr.dtype.element_ty
     HALF: gl.constexpr = TILE.padded // 2
     rows = tile_rows(gl.arange(0, TILE.rows, along(2, layout)), s.head, source.heads)
     pointers = tokens(source.q, source.q_seq, s.q, rows.head)
     pointers += rows.token.to(gl.int64) * source.q.stride_token
-    dims = 2 * gl.arange(0, HALF, along(1, layout))[None, :, None]
+    idx = gl.arange(0, HALF, along(1, layout))
+    dims = (2 * idx - idx % 2)[None, :, None]  # 0, 1, 4, 5, 8, ...
     warps = gl.arange(0, WARPS, along(0, layout))[:, None, None] * 0
     pointers = pointers[None, None, :] + (dims + warps)
     valid = (rows.token < s.q.length)[None, None, :]
-    even = gl.load(pointers, mask=valid & (dims < TILE.dim), other=0.0)
-    odd = gl.load(pointers + 1, mask=valid & (dims < TILE.dim), other=0.0)
-    unit: gl.constexpr = query_unit(DTYPE)
-    return (even * unit).to(DTYPE), (odd * unit).to(DTYPE)
+    first = gl.load(pointers, mask=valid, other=0.0).to(gl.float32)
+    second = gl.load(pointers + 2, mask=valid, other=0.0).to(gl.float32)
+    up, unit = power_above(gl.max(gl.maximum(gl.abs(first), gl.abs(second)), 1))
+    first, second = first * up[:, None, :], second * up[:, None, :]
+    return Queries(first.to(gl.float16), second.to(gl.float16), to_columns(unit))
 
 
 @gluon.jit
-def value_unit(dtype: gl.constexpr):
-    """What probabilities are multiplied by (see `widen`)."""
-    return query_unit(dtype) * query_unit(dtype)
+def power_above(x):
+    """(the power of two that takes x >= 0 to less than 2^TOP and no less than half of it, its
+    inverse), both normal numbers."""
+    exponent = x.to(gl.int32, bitcast=True) >> 23
+    exponent = gl.maximum(gl.minimum(2 * 127 + (TOP - 1) - exponent, 253), 1)
+    up, down = exponent << 23, (254 - exponent) << 23
+    return up.to(gl.float32, bitcast=True), down.to(gl.float32, bitcast=True)
+
+
+@gluon.jit
+def to_columns(x):
+    """(WARPS, ROWS) of queries to where the scores' are."""
+    return gl.convert_layout(x, gl.SliceLayout(1, product()))
 
 
 @gluon.jit
 def open_columns(source, s, variant, TILE: gl.constexpr):
     """A tile's rows, the keys that all of them see, and its scales."""
-    DTYPE: gl.constexpr = source.q.ptr.dtype.element_ty
     rows = tile_rows(gl.arange(0, TILE.rows, along(2, product())), s.head, source.heads)
     token = rows.token & 0x7FFFFFFF  # `visible` asks whether rows are negative
     seen = key_range(variant.masks, 0, s.q.length - 1, s.q, s.k)
     at = At(s.batch, rows.head[None, None, :], 0, 0, token[None, None, :], 0, s.q, s.k)
-    k_scale = common_scale(variant.k_scale, s.k, s.head)
-    v_scale = common_scale(variant.v_scale, s.k, s.head)
-    return Columns(at, seen.full_lo, seen.full_hi,
-                   k_scale * (1.0 / (shrunk(DTYPE) * query_unit(DTYPE))),
-                   v_scale * (1.0 / (shrunk(DTYPE) * value_unit(DTYPE))))  # fmt: skip
+    return Columns(at, seen.full_lo, seen.full_hi, common_scale(variant.k_scale, s.k, s.head),
+                   common_scale(variant.v_scale, s.k, s.head))  # fmt: skip
 
 
 @gluon.jit
@@ -130,11 +151,56 @@ def sums_of_lanes(p):
     return gl.sum(p.reshape(p.shape[0], p.shape[1] // LANES, LANES, p.shape[2]), 1)
 
 
+LOW = gl.constexpr(
+    """
+    {
+    .reg .b16 low, high;
+    mov.b32 {low, high}, $1;
+    cvt.rn.f16x2.e4m3x2 $0, low;
+    }
+    """
+)
+HIGH = gl.constexpr(LOW.value.replace("$0, low", "$0, high"))
+EVEN = gl.constexpr(
+    """
+    {
+    .reg .b16 low, high;
+    .reg .b32 sorted;
+    prmt.b32 sorted, $1, $1, 0x3120;
+    mov.b32 {low, high}, sorted;
+    cvt.rn.f16x2.e4m3x2 $0, low;
+    }
+    """
+)
+ODD = gl.constexpr(EVEN.value.replace("$0, low", "$0, high"))
+
+
 @gluon.jit
-def read(tile, dtype: gl.constexpr, ORDER: gl.constexpr):
-    """(even, odd) dims of a block, (WARPS, keys, dims) in the given order."""
-    tile = tile.reshape((WARPS, tile.shape[0] // WARPS, tile.shape[1])).permute(ORDER)
-    return widen_at_once(tile.load(left()).to(gl.int16, bitcast=True), dtype)
+def convert(x, ASM: gl.constexpr):
+    """Half of the e4m3 numbers of two 16-bit elements as two of float16: 64 lanes a cycle and
+    multiprocessor, as other instructions of its pipe."""
+    return gl.inline_asm_elementwise(ASM, "=r,r", [x], dtype=gl.float16, is_pure=True, pack=2)
+
+
+@gluon.jit
+def parts_of(tile):
+    """A block of keys or values as its warps have it, (WARPS, keys, dims)."""
+    return tile.reshape((WARPS, tile.shape[0] // WARPS, tile.shape[1]))
+
+
+@gluon.jit
+def read_keys(tile):
+    """(WARPS, keys, dims): of every four dims the first two, and the others. What a register of an
+    operand has are neighbours: two elements, four dims."""
+    x = parts_of(tile).load(left()).to(gl.int16, bitcast=True)
+    return convert(x, LOW), convert(x, HIGH)
+
+
+@gluon.jit
+def read_values(tile):
+    """(WARPS, dims, keys), even dims and odd ones: neighbours are two keys."""
+    x = parts_of(tile).permute((0, 2, 1)).load(left()).to(gl.int16, bitcast=True)
+    return convert(x, EVEN), convert(x, ODD)
 
 
 @gluon.jit
@@ -157,20 +223,20 @@ def modify(s, variant, columns, first_k, TILE: gl.constexpr):
 def attend_block(state, query, ring, i, first_k, columns, variant, unit, TILE: gl.constexpr):
     """One more block of keys, item i of the ring, and of values, the item after it."""
     layout: gl.constexpr = product()
-    DTYPE: gl.constexpr = query[0].dtype
-    even, odd = read(ring.wait(i), DTYPE, (0, 1, 2))
     KEYS: gl.constexpr = TILE.block_n // WARPS
     ROWS: gl.constexpr = TILE.rows
+    first, second = read_keys(ring.wait(i))
     s = gl.zeros([WARPS, KEYS, ROWS], gl.float32, layout)
-    s = mma_v2(odd, query[1], mma_v2(even, query[0], s))
-    s = modify(s * columns.k_scale, variant, columns, first_k, TILE)
+    s = mma_v2(second, query.second, mma_v2(first, query.first, s))
+    s *= (query.unit * columns.k_scale)[:, None, :]
+    s = modify(s, variant, columns, first_k, TILE)
     m = gl.maximum(state.m, gl.max(s, 1))
-    p = gl.exp2(s * unit - (m * unit)[:, None, :])
+    p = gl.exp2(s * unit - (m * unit - TOP)[:, None, :])
     alpha = gl.exp2((state.m - m) * unit)
     l = state.l * gl.convert_layout(alpha, gl.SliceLayout(1, state.l.type.layout))[:, None, :]
     l = l + sums_of_lanes(p)
-    p = gl.convert_layout((p * value_unit(DTYPE)).to(DTYPE), right())
-    even, odd = read(ring.wait(i + 1), DTYPE, (0, 2, 1))
+    p = gl.convert_layout(p.to(gl.float16), right())
+    even, odd = read_values(ring.wait(i + 1))
     even = mma_v2(even, p, state.even * alpha[:, None, :])
     return State(m, l, even, mma_v2(odd, p, state.odd * alpha[:, None, :]))
 
@@ -188,4 +254,4 @@ def finish_state(state, unit, columns, TILE: gl.constexpr):
     layout: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [WARPS.value, 1], [1, 0])
     rows: gl.constexpr = gl.SliceLayout(1, layout)
     acc = gl.convert_layout(acc, layout) * columns.v_scale
-    return finish(gl.convert_layout(m * unit, rows), gl.convert_layout(l, rows), acc)
+    return finish(gl.convert_layout(m * unit - TOP, rows), gl.convert_layout(l, rows), acc)
