@@ -42,6 +42,8 @@ class HopperDecodeTile:
     alone: bool = True  # by the last program that leaves one
     e4m3: bool = False  # K and V are, and read two dims at a time
     rows: int = MOST_ROWS  # queries times heads of a KV head
+    scaled_keys: bool = False  # each key has a scale of its own
+    scaled_values: bool = False
 
     @property
     def block_m(self) -> int:
@@ -90,8 +92,8 @@ def cannot_stream(problem: AttentionProblem) -> str | None:
 
 def _cannot_widen(problem: AttentionProblem) -> str | None:
     p, reason = problem, None
-    if "token_scales" in p.features:
-        reason = "has no scales of tokens"
+    if "token_scales" in p.features and (p.dtype != "bfloat16" or p.page_size):
+        reason = "has scales of tokens beside bfloat16, in rows of a cache"
     elif p.head_dim != E4M3_DIM or p.head_dim_v != E4M3_DIM:
         reason = f"reads e4m3 of head dim {E4M3_DIM}"
     elif p.seqlen_q * p.group > MOST_COLUMNS:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -19,12 +20,15 @@ from flashtile.kernels.hopper import decode as kernels
 from flashtile.kernels.hopper.parts import Parts
 from flashtile.kernels.numbers import opaque
 from flashtile.problem import Call
+from flashtile.quantize import scaled_by_token
 
 
 def launches(call: Call, tile: HopperDecodeTile, out: Tensor, lse: Tensor) -> tuple[Launch, ...]:
     """The attention, and the merge of parts where a program does not do it alone."""
     q, k, v = call.operands[:3]
     call = call._replace(operands=call.operands._replace(k=mapped(k), v=mapped(v)))
+    if tile.e4m3:
+        tile = _with_scales(tile, call)
     a, variant = operands.arguments(call), operands.variant(call, True)
     k_seq, keys = key_maps(_in_pairs(call) if tile.e4m3 else call, a.k_seq, tile)
     grid = PROGRAMS_PER_SM * processors(q.device)
@@ -40,6 +44,13 @@ def launches(call: Call, tile: HopperDecodeTile, out: Tensor, lse: Tensor) -> tu
         kernels.merge_parts, grid,
         (*results, a.q_seq, k_seq, variant.masks, sink, a.heads, work, tile),
     )  # fmt: skip
+
+
+def _with_scales(tile: HopperDecodeTile, call: Call) -> HopperDecodeTile:
+    k, v, batch = *call.operands[1:3], call.batch
+    keys, values = call.operands.k_descale, call.operands.v_descale
+    return replace(tile, scaled_keys=scaled_by_token(keys, k, batch),
+                   scaled_values=scaled_by_token(values, v, batch))  # fmt: skip
 
 
 def _in_pairs(call: Call) -> Call:

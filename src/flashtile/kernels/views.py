@@ -254,8 +254,14 @@ def shared_scale(x, span, head):
 @triton.jit
 def scales_at(x, span, head, row, token, valid):
     """Scales of slots of a cache's rows or pages, 0 where there are none."""
+    return tl.load(scale_pointers(x, span, head, row, token), mask=valid, other=0.0)
+
+
+@triton.jit
+def scale_pointers(x, span, head, row, token):
+    """Their addresses."""
     offsets = row * number(x.stride_row) + token.to(tl.int64) * number(x.stride_token)
-    return tl.load(shared_scale(x, span, head) + offsets, mask=valid, other=0.0)
+    return shared_scale(x, span, head) + offsets
 
 
 @triton.jit

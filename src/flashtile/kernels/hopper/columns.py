@@ -23,14 +23,19 @@ from flashtile.kernels.decode import common_scale
 from flashtile.kernels.hopper.block import narrow
 from flashtile.kernels.hopper.parts import finish, tile_rows
 from flashtile.kernels.hopper.softmax import LEAST
+from flashtile.kernels.hopper.stream import touch
 from flashtile.kernels.masks import At, key_range, visible
 from flashtile.kernels.scores import apply_score_mods
-from flashtile.kernels.views import tokens
+from flashtile.kernels.views import scale_pointers, scales_at, tokens
+from flashtile.kernels.widen import shrunk, value_unit, widen_at_once
 
 WARPS = gl.constexpr(4)
 
 TOP = gl.constexpr(15)
 """log2 of the largest probability, and of what queries are less than."""
+
+FAR = gl.constexpr(4)
+"""Blocks before scales of tokens are loaded that they are asked for."""
 
 LANES = gl.constexpr(8)
 """Of a warp, that have rows of the same columns."""
@@ -52,6 +57,13 @@ class Queries(NamedTuple):
     first: Any
     second: Any
     unit: Any  # (ROWS,) what products with them are to be multiplied by
+
+
+class Scales(NamedTuple):
+    """Of a block's keys and values, (WARPS, keys); 0 where all keys of a head share one."""
+
+    k: Any
+    v: Any
 
 
 class State(NamedTuple):
@@ -129,8 +141,46 @@ def open_columns(source, s, variant, TILE: gl.constexpr):
     token = rows.token & 0x7FFFFFFF  # `visible` asks whether rows are negative
     seen = key_range(variant.masks, 0, s.q.length - 1, s.q, s.k)
     at = At(s.batch, rows.head[None, None, :], 0, 0, token[None, None, :], 0, s.q, s.k)
-    return Columns(at, seen.full_lo, seen.full_hi, common_scale(variant.k_scale, s.k, s.head),
-                   common_scale(variant.v_scale, s.k, s.head))  # fmt: skip
+    k_scale, v_scale = 1.0, 1.0
+    if not TILE.scaled_keys:
+        k_scale = common_scale(variant.k_scale, s.k, s.head)
+    if not TILE.scaled_values:
+        v_scale = common_scale(variant.v_scale, s.k, s.head)
+    return Columns(at, seen.full_lo, seen.full_hi, k_scale, v_scale)
+
+
+@gluon.jit
+def block_keys(first_k, TILE: gl.constexpr):
+    """(WARPS, keys) of a block."""
+    KEYS: gl.constexpr = TILE.block_n // WARPS
+    layout: gl.constexpr = gl.SliceLayout(2, product())
+    warp = gl.arange(0, WARPS, gl.SliceLayout(1, layout))[:, None] * KEYS
+    return warp + gl.arange(0, KEYS, gl.SliceLayout(0, layout))[None, :] + first_k
+
+
+@gluon.jit
+def load_scales(variant, s, first_k, TILE: gl.constexpr):
+    """Of the keys from first_k on, which may be past either end."""
+    k_scales, v_scales = 0.0, 0.0
+    if TILE.scaled_keys or TILE.scaled_values:
+        idx = block_keys(first_k, TILE)
+        there = (idx >= 0) & (idx < s.k.length)
+        if TILE.scaled_keys:
+            k_scales = scales_at(variant.k_scale, s.k, s.head, s.k.row, s.k.start + idx, there)
+        if TILE.scaled_values:
+            v_scales = scales_at(variant.v_scale, s.k, s.head, s.k.row, s.k.start + idx, there)
+    return Scales(k_scales, v_scales)
+
+
+@gluon.jit
+def touch_scales(variant, s, first_k, TILE: gl.constexpr):
+    """Those that `load_scales` will load, or others where there are none."""
+    if TILE.scaled_keys or TILE.scaled_values:
+        idx = gl.maximum(gl.minimum(block_keys(first_k, TILE), s.k.length - 1), 0)
+        if TILE.scaled_keys:
+            touch(scale_pointers(variant.k_scale, s.k, s.head, s.k.row, s.k.start + idx))
+        if TILE.scaled_values:
+            touch(scale_pointers(variant.v_scale, s.k, s.head, s.k.row, s.k.start + idx))
 
 
 @gluon.jit
@@ -197,10 +247,32 @@ def read_keys(tile):
 
 
 @gluon.jit
-def read_values(tile):
-    """(WARPS, dims, keys), even dims and odd ones: neighbours are two keys."""
+def read_values(tile, TILE: gl.constexpr):
+    """(WARPS, dims, keys), even dims and odd ones: neighbours are two keys. Beside scales of their
+    own, which float16 may not have the range for, in bfloat16."""
     x = parts_of(tile).permute((0, 2, 1)).load(left()).to(gl.int16, bitcast=True)
-    return convert(x, EVEN), convert(x, ODD)
+    if TILE.scaled_values:
+        return widen_at_once(x, gl.bfloat16)
+    else:
+        return convert(x, EVEN), convert(x, ODD)
+
+
+@gluon.jit
+def weigh(p, v_scales, TILE: gl.constexpr):
+    """Probabilities as the products with `read_values` take them."""
+    if TILE.scaled_values:
+        return (p * (v_scales * value_unit(gl.bfloat16, TILE))[:, :, None]).to(gl.bfloat16)
+    else:
+        return p.to(gl.float16)
+
+
+@gluon.jit
+def result_unit(TILE: gl.constexpr):
+    """What makes results of what these products give."""
+    if TILE.scaled_values:
+        return 1.0 / (shrunk(gl.bfloat16) * value_unit(gl.bfloat16, TILE))
+    else:
+        return 1.0
 
 
 @gluon.jit
@@ -220,7 +292,8 @@ def modify(s, variant, columns, first_k, TILE: gl.constexpr):
 
 
 @gluon.jit
-def attend_block(state, query, ring, i, first_k, columns, variant, unit, TILE: gl.constexpr):
+def attend_block(state, query, ring, i, first_k, columns, scales, variant, unit,
+                 TILE: gl.constexpr):  # fmt: skip
     """One more block of keys, item i of the ring, and of values, the item after it."""
     layout: gl.constexpr = product()
     KEYS: gl.constexpr = TILE.block_n // WARPS
@@ -229,14 +302,16 @@ def attend_block(state, query, ring, i, first_k, columns, variant, unit, TILE: g
     s = gl.zeros([WARPS, KEYS, ROWS], gl.float32, layout)
     s = mma_v2(second, query.second, mma_v2(first, query.first, s))
     s *= (query.unit * columns.k_scale)[:, None, :]
+    if TILE.scaled_keys:
+        s *= scales.k[:, :, None]
     s = modify(s, variant, columns, first_k, TILE)
     m = gl.maximum(state.m, gl.max(s, 1))
     p = gl.exp2(s * unit - (m * unit - TOP)[:, None, :])
     alpha = gl.exp2((state.m - m) * unit)
     l = state.l * gl.convert_layout(alpha, gl.SliceLayout(1, state.l.type.layout))[:, None, :]
     l = l + sums_of_lanes(p)
-    p = gl.convert_layout(p.to(gl.float16), right())
-    even, odd = read_values(ring.wait(i + 1))
+    p = gl.convert_layout(weigh(p, scales.v, TILE), right())
+    even, odd = read_values(ring.wait(i + 1), TILE)
     even = mma_v2(even, p, state.even * alpha[:, None, :])
     return State(m, l, even, mma_v2(odd, p, state.odd * alpha[:, None, :]))
 
@@ -253,5 +328,5 @@ def finish_state(state, unit, columns, TILE: gl.constexpr):
     acc = gl.join(even, odd).permute(1, 0, 2).reshape(TILE.rows, TILE.padded_v)
     layout: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [WARPS.value, 1], [1, 0])
     rows: gl.constexpr = gl.SliceLayout(1, layout)
-    acc = gl.convert_layout(acc, layout) * columns.v_scale
+    acc = gl.convert_layout(acc, layout) * (columns.v_scale * result_unit(TILE))
     return finish(gl.convert_layout(m * unit - TOP, rows), gl.convert_layout(l, rows), acc)

@@ -164,6 +164,8 @@ def attention_decode(q, k, v, out, lse, q_seq, k_seq, variant, sink, scale, head
             query = columns.load_queries(source, s, TILE)
             rows = columns.open_columns(source, s, variant, TILE)
             state = columns.start_state(TILE)
+            first_k = (s.base + unit * s.step) * TILE.block_n
+            coming = columns.load_scales(variant, s, first_k, TILE)
         else:
             query = load_queries(source, s, TILE)
             rows = open_rows(s, heads, variant.masks, TILE)
@@ -176,7 +178,10 @@ def attention_decode(q, k, v, out, lse, q_seq, k_seq, variant, sink, scale, head
             first_k = (s.base + unit * s.step) * TILE.block_n
             i = 2 * (unit - share.start)
             if TILE.e4m3:
-                state = columns.attend_block(state, query, ring, i, first_k, rows, variant,
+                scales, step = coming, s.step * TILE.block_n
+                columns.touch_scales(variant, s, first_k + columns.FAR * step, TILE)
+                coming = columns.load_scales(variant, s, first_k + step, TILE)
+                state = columns.attend_block(state, query, ring, i, first_k, rows, scales, variant,
                                              scale.log2, TILE)  # fmt: skip
                 barrier()
             else:
