@@ -18,6 +18,9 @@ SM_90 = Device("cuda", "sm_90", True)
 STREAMED = frozenset({"seqused_k", "softcap", "alibi_slopes"})
 
 
+E4M3 = frozenset({"fp8_cache"})
+
+
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
@@ -35,7 +38,12 @@ STREAMED = frozenset({"seqused_k", "softcap", "alibi_slopes"})
         ({"num_splits": 3}, "their parts are given"),
         ({"split_size": 512}, "their parts are given"),
         ({"features": STREAMED}, None),
-        ({"features": frozenset({"fp8_cache"})}, "has no fp8_cache"),
+        ({"features": E4M3}, None),
+        ({"features": E4M3, "head_dim": 64, "head_dim_v": 64}, "reads e4m3 of head dim 128"),
+        ({"features": E4M3, "seqlen_q": 5}, "16 queries times heads of a KV head"),
+        ({"features": E4M3 | {"token_scales"}}, None),
+        ({"features": E4M3 | {"token_scales"}, "dtype": "float16"}, "scales of tokens beside"),
+        ({"features": E4M3 | {"token_scales"}, "page_size": 16}, "in rows of a cache"),
         ({"features": frozenset({"tree_mask"})}, "has no tree_mask"),
         ({"features": frozenset({"scattered_cache"})}, "reads caches by TMA"),
         ({"seqlen_k": 255}, "fewer than 256 keys"),

@@ -111,6 +111,11 @@ def _decode_e4m3() -> dict[str, Any]:
     return {**_decode(), **scales, "block_table": table, "split_size": 256}
 
 
+def _decode_e4m3_rows() -> dict[str, Any]:
+    """Scales of keys by token, of values by head."""
+    return {**_decode(), "k_descale": _meta(BATCH, TOKENS, KV_HEADS), "v_descale": _meta(KV_HEADS)}
+
+
 VARIANTS: dict[str, Callable[[], dict[str, Any]]] = {
     "full": dict,
     "causal": lambda: {"causal": True},
@@ -127,9 +132,11 @@ VARIANTS: dict[str, Callable[[], dict[str, Any]]] = {
     "decode-tall": lambda: {"causal": True, **_decode()},
     "decode-pages": _decode_pages,
     "decode-e4m3": _decode_e4m3,
+    "decode-e4m3-rows": _decode_e4m3_rows,
 }
 
-QUERIES = {"decode": 1, "decode-latent": 1, "decode-tall": 16, "decode-pages": 4, "decode-e4m3": 1}
+QUERIES = {"decode": 1, "decode-latent": 1, "decode-tall": 16, "decode-pages": 4, "decode-e4m3": 1,
+           "decode-e4m3-rows": 1}  # fmt: skip
 """Queries of a sequence of the variants that do not have TOKENS."""
 
 DIMS = ((512, 512), (256, 256), (128, 128), (64, 64), (32, 32), (16, 16))
@@ -173,7 +180,7 @@ def every_case() -> list[Case]:
               for kv_heads in (KV_HEADS, HEADS)]  # fmt: skip
     cases.append(Case("decode-pages", "bfloat16", 128, 128))
     cases += [Case(name, "bfloat16", 128, 128, only=HOPPER)
-              for name in ("decode", "decode-tall", "decode-e4m3")]  # fmt: skip
+              for name in ("decode", "decode-tall", "decode-e4m3", "decode-e4m3-rows")]  # fmt: skip
     cases.append(Case("decode-latent", "bfloat16", 576, 512, only=HOPPER))
     # Its tile is a bias's alone.
     cases.append(Case("masked dropout", "bfloat16", 64, 64, (DBIAS,)))
