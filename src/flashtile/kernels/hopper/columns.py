@@ -20,6 +20,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
 from flashtile.kernels.decode import common_scale
+from flashtile.kernels.hopper._compat import barrier
 from flashtile.kernels.hopper.block import narrow
 from flashtile.kernels.hopper.parts import finish, tile_rows
 from flashtile.kernels.hopper.softmax import LEAST
@@ -41,9 +42,10 @@ LANES = gl.constexpr(8)
 """Of a warp, that have rows of the same columns."""
 
 
-class Columns(NamedTuple):
+class Tile(NamedTuple):
     """The rows of a tile of queries, as columns, and what all of a segment's blocks share."""
 
+    query: Any  # Queries
     at: Any  # At, without keys
     full_lo: Any  # keys [full_lo, full_hi) are seen by all of them
     full_hi: Any
@@ -67,12 +69,13 @@ class Scales(NamedTuple):
 
 
 class State(NamedTuple):
-    """Each warp's."""
+    """Each warp's, and what is on its way to the next block."""
 
     m: Any  # (WARPS, ROWS) running max, units of scores
     l: Any  # (WARPS, LANES, ROWS) running sums of each thread's keys
     even: Any  # (WARPS, dims, ROWS) results, of even dims
     odd: Any
+    scales: Any  # Scales of the next block
 
 
 @gluon.constexpr_function
@@ -96,6 +99,14 @@ def along(axis, layout):
     """Of a vector along one of three axes."""
     first, second = [(2, 1), (2, 0), (1, 0)][axis]
     return gl.SliceLayout(second, gl.SliceLayout(first, layout))
+
+
+@gluon.jit
+def open_tile(source, s, first_k, variant, TILE: gl.constexpr):
+    """(Tile, State) of a segment, whose first block is the one from first_k on."""
+    query = load_queries(source, s, TILE)
+    tile = open_columns(query, source, s, variant, TILE)
+    return tile, start_state(load_scales(variant, s, first_k, TILE), TILE)
 
 
 @gluon.jit
@@ -135,8 +146,8 @@ def to_columns(x):
 
 
 @gluon.jit
-def open_columns(source, s, variant, TILE: gl.constexpr):
-    """A tile's rows, the keys that all of them see, and its scales."""
+def open_columns(query, source, s, variant, TILE: gl.constexpr):
+    """The Tile of a segment's queries."""
     rows = tile_rows(gl.arange(0, TILE.rows, along(2, product())), s.head, source.heads)
     token = rows.token & 0x7FFFFFFF  # `visible` asks whether rows are negative
     seen = key_range(variant.masks, 0, s.q.length - 1, s.q, s.k)
@@ -146,7 +157,7 @@ def open_columns(source, s, variant, TILE: gl.constexpr):
         k_scale = common_scale(variant.k_scale, s.k, s.head)
     if not TILE.scaled_values:
         v_scale = common_scale(variant.v_scale, s.k, s.head)
-    return Columns(at, seen.full_lo, seen.full_hi, k_scale, v_scale)
+    return Tile(query, at, seen.full_lo, seen.full_hi, k_scale, v_scale)
 
 
 @gluon.jit
@@ -184,7 +195,8 @@ def touch_scales(variant, s, first_k, TILE: gl.constexpr):
 
 
 @gluon.jit
-def start_state(TILE: gl.constexpr):
+def start_state(scales, TILE: gl.constexpr):
+    """The state before a block of these scales."""
     layout: gl.constexpr = product()
     KEYS: gl.constexpr = TILE.block_n // WARPS
     HALF: gl.constexpr = TILE.padded_v // 2
@@ -192,7 +204,7 @@ def start_state(TILE: gl.constexpr):
     m = gl.full([WARPS, ROWS], LEAST, gl.float32, gl.SliceLayout(1, layout))
     p = gl.zeros([WARPS, KEYS, ROWS], gl.float32, layout)
     acc = gl.zeros([WARPS, HALF, ROWS], gl.float32, layout)
-    return State(m, sums_of_lanes(p), acc, acc)
+    return State(m, sums_of_lanes(p), acc, acc, scales)
 
 
 @gluon.jit
@@ -276,35 +288,38 @@ def result_unit(TILE: gl.constexpr):
 
 
 @gluon.jit
-def modify(s, variant, columns, first_k, TILE: gl.constexpr):
+def modify(s, variant, tile, first_k, TILE: gl.constexpr):
     """Score mods and masks of the block of keys from first_k on; masks where it is not seen as a
     whole by all rows."""
     KEYS: gl.constexpr = TILE.block_n // WARPS
     layout: gl.constexpr = product()
-    at = columns.at
+    at = tile.at
     k_idx = gl.arange(0, WARPS, along(0, layout))[:, None, None] * KEYS
     k_idx += gl.arange(0, KEYS, along(1, layout))[None, :, None] + first_k
     here = At(at.batch, at.head, at.first_q, first_k, at.q_idx, k_idx, at.q, at.k)
     s = apply_score_mods(variant.score_mods, s, here)
-    if (first_k < narrow(columns.full_lo)) | (first_k + TILE.block_n > narrow(columns.full_hi)):
+    if (first_k < narrow(tile.full_lo)) | (first_k + TILE.block_n > narrow(tile.full_hi)):
         s = gl.where(visible(variant.masks, here), s, -float("inf"))
     return s
 
 
 @gluon.jit
-def attend_block(state, query, ring, i, first_k, columns, scales, variant, unit,
-                 TILE: gl.constexpr):  # fmt: skip
+def attend_block(state, tile, ring, i, segment, first_k, variant, unit, TILE: gl.constexpr):
     """One more block of keys, item i of the ring, and of values, the item after it."""
     layout: gl.constexpr = product()
     KEYS: gl.constexpr = TILE.block_n // WARPS
     ROWS: gl.constexpr = TILE.rows
+    query, scales = tile.query, state.scales
+    step = segment.step * TILE.block_n
+    touch_scales(variant, segment, first_k + FAR * step, TILE)
+    coming = load_scales(variant, segment, first_k + step, TILE)
     first, second = read_keys(ring.wait(i))
     s = gl.zeros([WARPS, KEYS, ROWS], gl.float32, layout)
     s = mma_v2(second, query.second, mma_v2(first, query.first, s))
-    s *= (query.unit * columns.k_scale)[:, None, :]
+    s *= (query.unit * tile.k_scale)[:, None, :]
     if TILE.scaled_keys:
         s *= scales.k[:, :, None]
-    s = modify(s, variant, columns, first_k, TILE)
+    s = modify(s, variant, tile, first_k, TILE)
     m = gl.maximum(state.m, gl.max(s, 1))
     p = gl.exp2(s * unit - (m * unit - TOP)[:, None, :])
     alpha = gl.exp2((state.m - m) * unit)
@@ -313,11 +328,13 @@ def attend_block(state, query, ring, i, first_k, columns, scales, variant, unit,
     p = gl.convert_layout(weigh(p, scales.v, TILE), right())
     even, odd = read_values(ring.wait(i + 1), TILE)
     even = mma_v2(even, p, state.even * alpha[:, None, :])
-    return State(m, l, even, mma_v2(odd, p, state.odd * alpha[:, None, :]))
+    odd = mma_v2(odd, p, state.odd * alpha[:, None, :])
+    barrier()  # `fill` loads over both blocks, which all warps have read then
+    return State(m, l, even, odd, coming)
 
 
 @gluon.jit
-def finish_state(state, unit, columns, TILE: gl.constexpr):
+def finish_state(state, tile, unit, TILE: gl.constexpr):
     """The Result of a segment from those of the warps."""
     m = gl.max(state.m, 0)
     weight = gl.exp2((state.m - m[None, :]) * unit)
@@ -328,5 +345,5 @@ def finish_state(state, unit, columns, TILE: gl.constexpr):
     acc = gl.join(even, odd).permute(1, 0, 2).reshape(TILE.rows, TILE.padded_v)
     layout: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [WARPS.value, 1], [1, 0])
     rows: gl.constexpr = gl.SliceLayout(1, layout)
-    acc = gl.convert_layout(acc, layout) * (columns.v_scale * result_unit(TILE))
+    acc = gl.convert_layout(acc, layout) * (tile.v_scale * result_unit(TILE))
     return finish(gl.convert_layout(m * unit - TOP, rows), gl.convert_layout(l, rows), acc)

@@ -123,3 +123,9 @@ def find_segment(unit, share, q_seq, k_seq, masks, kv_heads, TILE: gl.constexpr)
         step = gl.where(alike, several, 1)
     base = first_block + place - unit * step
     return Segment(stop, batch, head, base, step, first, several, q_span, k_span)
+
+
+@gluon.jit
+def first_key(s, unit, TILE: gl.constexpr):
+    """Of a segment's unit."""
+    return (s.base + unit * s.step) * TILE.block_n

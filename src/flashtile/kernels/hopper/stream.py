@@ -1,4 +1,4 @@
-"""What the Hopper decode kernel reads: blocks of keys and values by TMA, the rows of queries.
+"""What the Hopper decode kernel reads: keys and values by TMA, and what it asks for ahead.
 
 With all multiprocessors streaming, a load waits behind what is under way: 17 MB, 4 us. Whatever is
 read besides is asked for so much earlier.
@@ -15,7 +15,7 @@ from flashtile.kernels.hopper import layouts
 from flashtile.kernels.hopper.channels import open_window
 from flashtile.kernels.hopper.forward import load_block
 from flashtile.kernels.hopper.parts import tile_rows
-from flashtile.kernels.hopper.shares import find_segment
+from flashtile.kernels.hopper.shares import find_segment, first_key
 from flashtile.kernels.numbers import number
 from flashtile.kernels.views import tokens
 
@@ -80,20 +80,6 @@ def touch_pages(seq, s, first, ROWS: gl.constexpr, BLOCK_N: gl.constexpr):
 
 
 @gluon.jit
-def load_queries(source, s, TILE: gl.constexpr):
-    """The (64, PADDED) rows of a tile as the left operand of wgmma, 0 past the sequence's end."""
-    layout: gl.constexpr = layouts.operand(layouts.accumulator(TILE.block_n))
-    rows = tile_rows(gl.arange(0, layouts.ROWS, gl.SliceLayout(1, layout)), s.head, source.heads)
-    dims = gl.arange(0, TILE.padded, gl.SliceLayout(0, layout))
-    valid = (rows.token < s.q.length)[:, None]
-    if TILE.dim != TILE.padded:
-        valid = valid & (dims < TILE.dim)[None, :]
-    pointers = tokens(source.q, source.q_seq, s.q, rows.head)
-    pointers += rows.token.to(gl.int64) * source.q.stride_token
-    return gl.load(pointers[:, None] + dims[None, :], mask=valid, other=0.0)
-
-
-@gluon.jit
 def fill(ring, share, cursor, here, done, source, masks, TILE: gl.constexpr):
     """Load as many blocks as there is room for when those before the unit `done` were read, at most
     to the end of the segment after the one that ends `here`."""
@@ -102,7 +88,7 @@ def fill(ring, share, cursor, here, done, source, masks, TILE: gl.constexpr):
         if unit == s.stop:
             s = find_segment(unit, share, source.q_seq, k_seq, masks, source.kv_heads, TILE)
             touch_queries(source, s, TILE)
-        i, first = 2 * (unit - share.start), (s.base + unit * s.step) * TILE.block_n
+        i, first = 2 * (unit - share.start), first_key(s, unit, TILE)
         if k_seq.table is not None:
             touch_pages(k_seq, s, first + EARLY, source.k.block_type.shape[-2], TILE.block_n)
         window = open_window(source.k, k_seq, s.k, s.batch, s.k.length)
