@@ -59,35 +59,35 @@ ODD = tl.constexpr(
 )
 
 
-def _filled(asm: tl.constexpr, shift: int, mask: str) -> tl.constexpr:
-    return tl.constexpr(asm.value.replace("SHIFT", str(shift)).replace("MASK", mask))
+def filled(asm: tl.constexpr, **words: str) -> tl.constexpr:
+    """PTX with words in the places that have their names."""
+    text = asm.value
+    for name, word in words.items():
+        text = text.replace(name, word)
+    return tl.constexpr(text)
 
 
-EVEN_BF16, ODD_BF16 = _filled(EVEN, 4, "0x07f007f0"), _filled(ODD, 4, "0x07f007f0")
-EVEN_FP16, ODD_FP16 = _filled(EVEN, 7, "0x3f803f80"), _filled(ODD, 1, "0x3f803f80")
+EVEN_BF16, ODD_BF16 = (filled(x, SHIFT="4", MASK="0x07f007f0") for x in (EVEN, ODD))
+EVEN_FP16 = filled(EVEN, SHIFT="7", MASK="0x3f803f80")
+ODD_FP16 = filled(ODD, SHIFT="1", MASK="0x3f803f80")
+
+
+@triton.jit
+def assemble(x, ASM: tl.constexpr, dtype: tl.constexpr):
+    """Of dtype, what PTX makes of 16-bit elements, two in a register."""
+    bits = tl.inline_asm_elementwise(ASM, "=r,r", [x], dtype=tl.int16, is_pure=True, pack=2)
+    return bits.to(dtype, bitcast=True)
 
 
 @triton.jit
 def widen_at_once(x, dtype: tl.constexpr):
     """The same for 16 bits on NVIDIA's GPUs, four numbers in seven instructions. Each half is an
-    assembly of its own: Triton 3.8 sends the second result of one through shared memory. An H100's
-    own conversion to float16 has a quarter of their rate, and bfloat16 takes two more after it."""
+    assembly of its own: Triton 3.8 sends the second result of one through shared memory. The GPU's
+    own instruction, which `hopper.columns` has, gives float16, and bfloat16 takes two more."""
     if dtype == tl.bfloat16:
-        even = tl.inline_asm_elementwise(
-            EVEN_BF16, "=r,r", [x], dtype=tl.bfloat16, is_pure=True, pack=2
-        )
-        odd = tl.inline_asm_elementwise(
-            ODD_BF16, "=r,r", [x], dtype=tl.bfloat16, is_pure=True, pack=2
-        )
-        return even, odd
+        return assemble(x, EVEN_BF16, dtype), assemble(x, ODD_BF16, dtype)
     elif dtype == tl.float16:
-        even = tl.inline_asm_elementwise(
-            EVEN_FP16, "=r,r", [x], dtype=tl.float16, is_pure=True, pack=2
-        )
-        odd = tl.inline_asm_elementwise(
-            ODD_FP16, "=r,r", [x], dtype=tl.float16, is_pure=True, pack=2
-        )
-        return even, odd
+        return assemble(x, EVEN_FP16, dtype), assemble(x, ODD_FP16, dtype)
     else:
         return widen(x, dtype)
 

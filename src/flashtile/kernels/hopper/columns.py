@@ -28,7 +28,7 @@ from flashtile.kernels.hopper.stream import touch
 from flashtile.kernels.masks import At, key_range, visible
 from flashtile.kernels.scores import apply_score_mods
 from flashtile.kernels.views import scale_pointers, scales_at, tokens
-from flashtile.kernels.widen import shrunk, value_unit, widen_at_once
+from flashtile.kernels.widen import assemble, filled, shrunk, value_unit, widen_at_once
 
 WARPS = gl.constexpr(4)
 
@@ -213,35 +213,24 @@ def sums_of_lanes(p):
     return gl.sum(p.reshape(p.shape[0], p.shape[1] // LANES, LANES, p.shape[2]), 1)
 
 
-LOW = gl.constexpr(
-    """
-    {
-    .reg .b16 low, high;
-    mov.b32 {low, high}, $1;
-    cvt.rn.f16x2.e4m3x2 $0, low;
-    }
-    """
-)
-HIGH = gl.constexpr(LOW.value.replace("$0, low", "$0, high"))
-EVEN = gl.constexpr(
+CONVERT = gl.constexpr(
     """
     {
     .reg .b16 low, high;
     .reg .b32 sorted;
-    prmt.b32 sorted, $1, $1, 0x3120;
+    SORT;
     mov.b32 {low, high}, sorted;
-    cvt.rn.f16x2.e4m3x2 $0, low;
+    cvt.rn.f16x2.e4m3x2 $0, HALF;
     }
     """
 )
-ODD = gl.constexpr(EVEN.value.replace("$0, low", "$0, high"))
+"""Half of the e4m3 numbers of two 16-bit elements as two of float16: 64 lanes a cycle and
+multiprocessor, as other instructions of its pipe."""
 
+AS_THEY_ARE, BY_DIMS = "mov.b32 sorted, $1", "prmt.b32 sorted, $1, $1, 0x3120"
 
-@gluon.jit
-def convert(x, ASM: gl.constexpr):
-    """Half of the e4m3 numbers of two 16-bit elements as two of float16: 64 lanes a cycle and
-    multiprocessor, as other instructions of its pipe."""
-    return gl.inline_asm_elementwise(ASM, "=r,r", [x], dtype=gl.float16, is_pure=True, pack=2)
+LOW, HIGH = (filled(CONVERT, SORT=AS_THEY_ARE, HALF=half) for half in ("low", "high"))
+EVEN, ODD = (filled(CONVERT, SORT=BY_DIMS, HALF=half) for half in ("low", "high"))
 
 
 @gluon.jit
@@ -255,7 +244,7 @@ def read_keys(tile):
     """(WARPS, keys, dims): of every four dims the first two, and the others. What a register of an
     operand has are neighbours: two elements, four dims."""
     x = parts_of(tile).load(left()).to(gl.int16, bitcast=True)
-    return convert(x, LOW), convert(x, HIGH)
+    return assemble(x, LOW, gl.float16), assemble(x, HIGH, gl.float16)
 
 
 @gluon.jit
@@ -266,7 +255,7 @@ def read_values(tile, TILE: gl.constexpr):
     if TILE.scaled_values:
         return widen_at_once(x, gl.bfloat16)
     else:
-        return convert(x, EVEN), convert(x, ODD)
+        return assemble(x, EVEN, gl.float16), assemble(x, ODD, gl.float16)
 
 
 @gluon.jit
