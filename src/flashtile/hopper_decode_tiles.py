@@ -41,14 +41,9 @@ class HopperDecodeTile:
     parts: int = 16  # of a tile that are merged together
     alone: bool = True  # by the last program that leaves one
     e4m3: bool = False  # K and V are, and read two dims at a time
-    rows: int = MOST_ROWS  # queries times heads of a KV head
+    block_m: int = MOST_ROWS  # queries times heads of a KV head
     scaled_keys: bool = False  # each key has a scale of its own
     scaled_values: bool = False
-
-    @property
-    def block_m(self) -> int:
-        """Queries times heads of a KV head."""
-        return MOST_ROWS
 
     @property
     def padded_v(self) -> int:
@@ -56,12 +51,8 @@ class HopperDecodeTile:
 
     @property
     def stored(self) -> int:
-        """16-bit elements of a row of a block of keys."""
+        """16-bit elements of a row of a block of keys or values."""
         return self.padded // 2 if self.e4m3 else self.padded
-
-    @property
-    def stored_v(self) -> int:
-        return self.stored
 
     @property
     def shared_bytes(self) -> int:
@@ -71,10 +62,8 @@ class HopperDecodeTile:
 
 def cannot_stream(problem: AttentionProblem) -> str | None:
     """Why the Hopper decode kernel does not take a problem, or None."""
-    p, e4m3 = problem, "fp8_cache" in problem.features
+    p = problem
     reason = cannot_decode(p) or cannot(replace(p, features=p.features - {"fp8_cache"}))
-    if reason is None and e4m3:
-        reason = _cannot_widen(p)
     if reason is not None:
         return reason
     if p.split_size or p.num_splits:
@@ -87,17 +76,23 @@ def cannot_stream(problem: AttentionProblem) -> str | None:
         reason = "has no latent cache"
     elif p.batch * p.kv_heads * (p.seqlen_k // decode_tile(p).block_n + 2) >= MOST_BLOCKS:
         reason = "counts blocks of keys in 32 bits"
+    elif "fp8_cache" in p.features:
+        reason = _cannot_widen(p)
     return reason
 
 
 def _cannot_widen(problem: AttentionProblem) -> str | None:
-    p, reason = problem, None
-    if "token_scales" in p.features and (p.dtype != "bfloat16" or p.page_size):
-        reason = "has scales of tokens beside bfloat16, in rows of a cache"
-    elif p.head_dim != E4M3_DIM or p.head_dim_v != E4M3_DIM:
-        reason = f"reads e4m3 of head dim {E4M3_DIM}"
-    elif p.seqlen_q * p.group > MOST_COLUMNS:
-        reason = f"has {MOST_COLUMNS} queries times heads of a KV head at a time beside e4m3"
+    """Why it does not read a problem's e4m3 cache, or None."""
+    p, reason, rows = problem, None, problem.seqlen_q * problem.group
+    if p.head_dim != E4M3_DIM or p.head_dim_v != E4M3_DIM:
+        other = p.head_dim if p.head_dim != E4M3_DIM else p.head_dim_v
+        reason = f"reads e4m3 of head dim {E4M3_DIM}, not {other}"
+    elif rows > MOST_COLUMNS:
+        reason = f"reads e4m3 for {MOST_COLUMNS} queries times heads of a KV head, these are {rows}"
+    elif "token_scales" in p.features and p.dtype != "bfloat16":
+        reason = f"reads scales of tokens for bfloat16 queries, these are {p.dtype}"
+    elif "token_scales" in p.features and p.page_size:
+        reason = "reads scales of tokens in rows of a cache, not in pages"
     return reason
 
 
@@ -109,5 +104,5 @@ def decode_tile(problem: AttentionProblem) -> HopperDecodeTile:
         p.head_dim, p.head_dim_v, padded, PAIR_BYTES // ((2 if e4m3 else 4) * padded),
         next((n for n in SCANS if p.batch <= n), SCANS[-1]),
         alone=rows <= MOST_ALONE, e4m3=e4m3,
-        rows=MOST_ROWS if not e4m3 else 8 if rows <= 8 else MOST_COLUMNS,
+        block_m=MOST_ROWS if not e4m3 else 8 if rows <= 8 else MOST_COLUMNS,
     )  # fmt: skip

@@ -118,7 +118,7 @@ def key_maps(
     k, v = call.operands[1:3]
     rows, widths = tile.block_n, (tile.padded, tile.padded_v)
     if isinstance(tile, HopperDecodeTile):
-        widths = tile.stored, tile.stored_v
+        widths = tile.stored, tile.stored
     if not call.held:
         return seq, _maps(ragged_k(call), rows, (k, widths[0]), (v, widths[1]))
     steps = Steps.of(k)

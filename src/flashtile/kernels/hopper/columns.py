@@ -114,7 +114,7 @@ def load_queries(source, s, TILE: gl.constexpr):
     """The rows of a tile as `read_keys` has the dims; 0 past the end."""
     layout: gl.constexpr = right()
     HALF: gl.constexpr = TILE.padded // 2
-    rows = tile_rows(gl.arange(0, TILE.rows, along(2, layout)), s.head, source.heads)
+    rows = tile_rows(gl.arange(0, TILE.block_m, along(2, layout)), s.head, source.heads)
     pointers = tokens(source.q, source.q_seq, s.q, rows.head)
     pointers += rows.token.to(gl.int64) * source.q.stride_token
     idx = gl.arange(0, HALF, along(1, layout))
@@ -148,7 +148,7 @@ def to_columns(x):
 @gluon.jit
 def open_columns(query, source, s, variant, TILE: gl.constexpr):
     """The Tile of a segment's queries."""
-    rows = tile_rows(gl.arange(0, TILE.rows, along(2, product())), s.head, source.heads)
+    rows = tile_rows(gl.arange(0, TILE.block_m, along(2, product())), s.head, source.heads)
     token = rows.token & 0x7FFFFFFF  # `visible` asks whether rows are negative
     seen = key_range(variant.masks, 0, s.q.length - 1, s.q, s.k)
     at = At(s.batch, rows.head[None, None, :], 0, 0, token[None, None, :], 0, s.q, s.k)
@@ -200,7 +200,7 @@ def start_state(scales, TILE: gl.constexpr):
     layout: gl.constexpr = product()
     KEYS: gl.constexpr = TILE.block_n // WARPS
     HALF: gl.constexpr = TILE.padded_v // 2
-    ROWS: gl.constexpr = TILE.rows
+    ROWS: gl.constexpr = TILE.block_m
     m = gl.full([WARPS, ROWS], LEAST, gl.float32, gl.SliceLayout(1, layout))
     p = gl.zeros([WARPS, KEYS, ROWS], gl.float32, layout)
     acc = gl.zeros([WARPS, HALF, ROWS], gl.float32, layout)
@@ -297,7 +297,7 @@ def attend_block(state, tile, ring, i, segment, first_k, variant, unit, TILE: gl
     """One more block of keys, item i of the ring, and of values, the item after it."""
     layout: gl.constexpr = product()
     KEYS: gl.constexpr = TILE.block_n // WARPS
-    ROWS: gl.constexpr = TILE.rows
+    ROWS: gl.constexpr = TILE.block_m
     query, scales = tile.query, state.scales
     step = segment.step * TILE.block_n
     touch_scales(variant, segment, first_k + FAR * step, TILE)
@@ -331,7 +331,7 @@ def finish_state(state, tile, unit, TILE: gl.constexpr):
     l = gl.sum(gl.convert_layout(l, weight.type.layout) * weight, 0)
     even = gl.sum(state.even * weight[:, None, :], 0)
     odd = gl.sum(state.odd * weight[:, None, :], 0)
-    acc = gl.join(even, odd).permute(1, 0, 2).reshape(TILE.rows, TILE.padded_v)
+    acc = gl.join(even, odd).permute(1, 0, 2).reshape(TILE.block_m, TILE.padded_v)
     layout: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [WARPS.value, 1], [1, 0])
     rows: gl.constexpr = gl.SliceLayout(1, layout)
     acc = gl.convert_layout(acc, layout) * (tile.v_scale * result_unit(TILE))

@@ -27,13 +27,7 @@ from flashtile.kernels.hopper.parts import (
     tile_rows,
 )
 from flashtile.kernels.hopper.shares import blocks_seen, find_segment, first_key, open_share
-from flashtile.kernels.hopper.stream import (
-    Cursor,
-    Sources,
-    fill,
-    touch,
-    touch_queries,
-)
+from flashtile.kernels.hopper.stream import Cursor, Sources, fill, touch, touch_queries
 from flashtile.kernels.numbers import number
 from flashtile.kernels.views import open_sequence
 

@@ -94,6 +94,6 @@ def fill(ring, share, cursor, here, done, source, masks, TILE: gl.constexpr):
         window = open_window(source.k, k_seq, s.k, s.batch, s.k.length)
         place = k_seq, s.k, window, s.head
         load_block(place, ring, i, source.k, first, TILE.block_n, TILE.stored)
-        load_block(place, ring, i + 1, source.v, first, TILE.block_n, TILE.stored_v)
+        load_block(place, ring, i + 1, source.v, first, TILE.block_n, TILE.stored)
         unit += 1
     return Cursor(unit, s)
