@@ -16,8 +16,6 @@ from flashtile.problem import AttentionProblem
 LLAMA = AttentionProblem("cuda", "bfloat16", 32, 1, 8192, 32, 8, 128, 128)
 SM_90 = Device("cuda", "sm_90", True)
 STREAMED = frozenset({"seqused_k", "softcap", "alibi_slopes"})
-
-
 E4M3 = frozenset({"fp8_cache"})
 
 
@@ -39,11 +37,14 @@ E4M3 = frozenset({"fp8_cache"})
         ({"split_size": 512}, "their parts are given"),
         ({"features": STREAMED}, None),
         ({"features": E4M3}, None),
-        ({"features": E4M3, "head_dim": 64, "head_dim_v": 64}, "reads e4m3 of head dim 128"),
-        ({"features": E4M3, "seqlen_q": 5}, "16 queries times heads of a KV head"),
+        ({"features": E4M3, "head_dim": 64, "head_dim_v": 64}, "head dim 128, not 64"),
+        ({"features": E4M3, "head_dim_v": 96}, "reads e4m3 of head dim 128, not 96"),
+        ({"features": E4M3, "seqlen_q": 4}, None),
+        ({"features": E4M3, "seqlen_q": 5}, "16 queries times heads of a KV head, these are 20"),
+        ({"features": E4M3, "split_size": 512}, "their parts are given"),
         ({"features": E4M3 | {"token_scales"}}, None),
-        ({"features": E4M3 | {"token_scales"}, "dtype": "float16"}, "scales of tokens beside"),
-        ({"features": E4M3 | {"token_scales"}, "page_size": 16}, "in rows of a cache"),
+        ({"features": E4M3 | {"token_scales"}, "dtype": "float16"}, "these are float16"),
+        ({"features": E4M3 | {"token_scales"}, "page_size": 16}, "not in pages"),
         ({"features": frozenset({"tree_mask"})}, "has no tree_mask"),
         ({"features": frozenset({"scattered_cache"})}, "reads caches by TMA"),
         ({"seqlen_k": 255}, "fewer than 256 keys"),
@@ -67,6 +68,34 @@ def test_the_portable_kernel_has_it_elsewhere() -> None:
 def test_an_explanation_says_why_not() -> None:
     rows = dict(explain_problem(replace(LLAMA, num_splits=2), SM_90).rows())
     assert rows["not by TMA"] == "deals out keys by itself, here their parts are given"
+
+
+def test_an_explanation_of_e4m3_names_the_kernel_that_reads_it() -> None:
+    """Streamed, it is Hopper's, with its tile; else the portable one's, and Hopper's reason."""
+    streamed = explain_problem(replace(LLAMA, features=E4M3), SM_90)
+    rows = dict(streamed.rows())
+    assert rows["backend"] == "hopper"
+    assert rows["tile"].startswith("8 queries x 128 keys")
+    assert rows["splits"].endswith("keys by TMA")
+    assert "not hopper" not in rows
+    assert streamed.plan.gradients == "triton"
+    portable = explain_problem(replace(LLAMA, features=E4M3, head_dim_v=96), SM_90)
+    config, rows = portable.plan.decode, dict(portable.rows())
+    assert config is not None
+    assert rows["backend"] == "triton"
+    assert rows["tile"].startswith(f"{config.block_m} queries x {config.block_n} keys")
+    assert rows["not hopper"] == "reads e4m3 of head dim 128, not 96"
+    prefill = explain_problem(replace(LLAMA, features=E4M3, seqlen_q=512), SM_90)
+    assert dict(prefill.rows())["not hopper"] == "has no fp8_cache"
+
+
+@pytest.mark.parametrize(("seqlen_q", "rows"), [(1, 8), (2, 8), (3, 16), (4, 16)])
+def test_tiles_of_e4m3_have_as_many_bytes(seqlen_q: int, rows: int) -> None:
+    wide, tile = (decode_tile(replace(LLAMA, seqlen_q=seqlen_q, features=x))
+                  for x in (frozenset[str](), E4M3))  # fmt: skip
+    assert (wide.block_m, tile.block_m) == (64, rows)
+    assert tile.block_n == 2 * wide.block_n
+    assert tile.shared_bytes == wide.shared_bytes
 
 
 @pytest.mark.parametrize("dim", [40, 64, 96, 128, 192, 256])

@@ -110,7 +110,8 @@ def _why_not(name: str, device: Device) -> str | None:
 def _cannot(name: str, problem: AttentionProblem, device: Device) -> str | None:
     """Why a backend that runs on the device cannot do this problem."""
     if name == "hopper":
-        return cannot(problem)
+        decodes_e4m3 = "fp8_cache" in problem.features and cannot_decode(problem) is None
+        return cannot_stream(problem) if decodes_e4m3 else cannot(problem)
     if name != "triton":
         return None
     if problem.dtype == "float64":
@@ -149,8 +150,7 @@ def plan(problem: AttentionProblem, device: Device, among: tuple[str, ...] = BAC
     if (chosen in ("hopper", "triton") or wide) and cannot_decode(problem) is None:
         decode = decode_config(device.arch, problem)
         tile = TileConfig(decode.block_m, decode.block_n)
-        hopper_too = "hopper" in among and _why_not("hopper", device) is None
-        if hopper_too and cannot_stream(problem) is None:
+        if chosen == "hopper" and cannot_stream(problem) is None:
             stream = decode_tile(problem)
             tile = TileConfig(stream.block_m, stream.block_n)
     return Plan(
@@ -174,9 +174,11 @@ def _gradients(
     chosen: str, problem: AttentionProblem, device: Device, among: tuple[str, ...]
 ) -> str:
     """The backend of the backward: where the Hopper kernels could do the forward, but slower than
-    the portable one, they may be the faster ones here."""
+    the portable one, they may be the faster ones here. Of what they only decode they have none."""
+    if chosen == "torch":
+        return chosen
     able = "hopper" in among and _why_not("hopper", device) is None and impossible(problem) is None
-    return "hopper" if chosen == "triton" and able else chosen
+    return "hopper" if able else "triton"
 
 
 def torch_tile(problem: AttentionProblem) -> TileConfig:
