@@ -145,7 +145,7 @@ def test_a_prefill_equals_its_tokens_one_by_one(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("page", [0, 16])
 def test_e4m3_with_scales_by_token(page: int) -> None:
-    """Three programs a multiprocessor, whose tables and scales are loaded blocks ahead."""
+    """Tables and scales are loaded blocks ahead."""
     torch.manual_seed(page)
     caches, keywords = _cache(page, 128, torch.bfloat16)
     caches = [x.nan_to_num_(400.0).to(torch.float8_e4m3fn) for x in caches]
