@@ -8,7 +8,12 @@ instruction. Two dims are one 16-bit element until then.
 
 float16 has all e4m3 numbers. Queries are multiplied by a power of two, so that a row's largest is
 between 2^14 and 2^15: what its others lose is 2^-39 of that. Probabilities are counted in 2^-15,
-which leaves them in full down to 2^-29, bfloat16's three bits longer.
+which leaves them in full down to 2^-29, bfloat16's three bits longer. What is not a number
+stays so, but in values with scales of tokens, see `widen`.
+
+Tokens a second, in those of bf16 (H200, 32 x 16,384 keys, 32/8 heads), with a scale for each head,
+for each token, and for each head in pages of 16: 1.90, 1.79, 1.75; by the portable kernel 1.66,
+1.56, 1.63; with three blocks on their way to a program rather than two 1.87, 1.76, 1.73.
 """
 
 from __future__ import annotations
@@ -86,11 +91,13 @@ def product():
 
 @gluon.constexpr_function
 def left():
+    """Keys and values, (WARPS, keys or dims, what is summed over)."""
     return gl.DotOperandLayout(0, product(), 2)
 
 
 @gluon.constexpr_function
 def right():
+    """Queries and probabilities, (WARPS, what is summed over, ROWS)."""
     return gl.DotOperandLayout(1, product(), 2)
 
 
