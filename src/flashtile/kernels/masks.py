@@ -229,7 +229,12 @@ def same_document_tile(at, args):
 @triton.jit
 def visible(masks, at):
     """The conjunction of all masks and of the end of the keys."""
-    seen = (at.k_idx < at.k.length) & (at.q_idx >= 0)
+    return allowed(masks, at, (at.k_idx < at.k.length) & (at.q_idx >= 0))
+
+
+@triton.jit
+def allowed(masks, at, seen):
+    """`seen`, and by all masks."""
     for i in tl.static_range(len(masks)):
         seen = seen & masks[i].fn(masks[i].place(at), masks[i].args)
     return seen

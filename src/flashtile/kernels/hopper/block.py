@@ -15,6 +15,7 @@ from flashtile.kernels.hopper.walk import first_of, needs_masks
 from flashtile.kernels.hopper.words import accumulator_numbers
 from flashtile.kernels.masks import (
     At,
+    allowed,
     key_range,
     mask_tensor,
     not_earlier,
@@ -22,7 +23,6 @@ from flashtile.kernels.masks import (
     not_later,
     not_later_keys,
     same_document,
-    visible,
 )
 from flashtile.kernels.scores import (
     add_matrix,
@@ -65,7 +65,15 @@ def _bounds_below(masks):
 
 @gluon.constexpr_function
 def _reads_tensors(masks):
-    return any(mask[0] is mask_tensor or mask[0] is same_document for mask in masks)
+    return any(mask[0] is mask_tensor for mask in masks)
+
+
+@gluon.constexpr_function
+def _moves_along(masks):
+    """Whether masks give the same with keys counted from any of them, where their start lies as
+    well."""
+    own = (not_later, not_earlier, same_document)
+    return all(any(mask[0] is fn for fn in own) for mask in masks)
 
 
 @gluon.constexpr_function
@@ -140,7 +148,11 @@ def mask_block(s, variant, rows, place, own, constants, BLOCK_N: gl.constexpr):
             seen = _seen_between(variant.masks, rows.at, own, constants)
         else:
             here = _at_masks(variant, rows.at, first_k, own, constants, BLOCK_N)
-            seen = visible(variant.masks, here)
+            # Apart and opaque, or ptxas packs comparisons with the end into words for the masks.
+            if first_k + BLOCK_N > rows.at.k.length:
+                end = layouts.opaque(rows.at.k.length)
+                s = gl.where(constants < end - own, s, -float("inf"))
+            seen = allowed(variant.masks, here, rows.at.q_idx >= 0)
         s = gl.where(seen, s, -float("inf"))
     return s
 
@@ -168,7 +180,9 @@ def _at_scores(variant, at, first_k, own, constants, BLOCK_N: gl.constexpr):
 
 @gluon.jit
 def _at_masks(variant, at, first_k, own, constants, BLOCK_N: gl.constexpr):
-    if _reads_tensors(variant.masks):
+    if _moves_along(variant.masks):
+        return _count_keys_from(at, own, constants)
+    elif _reads_tensors(variant.masks):
         return block_at(at, first_k, BLOCK_N)
     else:
         return At(at.batch, at.head, at.first_q, first_k, at.q_idx, own + constants, at.q, at.k)
@@ -178,8 +192,10 @@ def _at_masks(variant, at, first_k, own, constants, BLOCK_N: gl.constexpr):
 def _count_keys_from(at, own, constants):
     """`at` with keys counted from each thread's own first column, the end of the keys included.
     A distance is then one addition of a constant, exact as long as fp32 has the row's from `own`:
-    up to 2^24."""
-    k = Span(at.k.batch, at.k.row, at.k.start, at.k.length - own, at.k.room, at.k.leftpad)
+    up to 2^24. What is loaded by their start as well is never past the end, which a thread's own
+    first column may be."""
+    start = at.k.start + gl.minimum(own, gl.maximum(at.k.length - 1, 0))
+    k = Span(at.k.batch, at.k.row, start, at.k.length - own, at.k.room, at.k.leftpad)
     return At(at.batch, at.head, at.first_q, 0, at.q_idx, constants, at.q, k)
 
 
