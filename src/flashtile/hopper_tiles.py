@@ -213,12 +213,16 @@ def _tile(problem: AttentionProblem) -> HopperTile:
 def _tile_of_64(problem: AttentionProblem) -> HopperTile:
     """us of the short, narrow and long one at 16k tokens and 32 heads (H200): causal 512 127, 121,
     144; 1k 191, 201, 210; 2k 322, 318, 316; 4k 627, 625, 581; 8k 1204, 1178, 1068; a window of 1k
-    381, 368, 374; softcap 3149, 2986, 3202; ALiBi 2707, -, 2312."""
+    381, 368, 374; ALiBi 2707, -, 2312; softcap -, 2741, 2370, with maxima 3149, 2986, 3202."""
     p, causal = problem, problem.window_right >= 0
-    dense = p.layout == "dense"
+    dense, capped = p.layout == "dense", "softcap" in p.features
     if p.features & _MANY_REGISTERS or (dense and p.seqlen_q <= _D64_SHORT.block_m):
         return _D64_SHORT
-    if "softcap" in p.features or p.window_left >= 0 or (dense and causal and p.seqlen_k <= 512):
-        return _D64_NARROW
     # Of packed sequences only the longest one's length is known.
-    return _D64_LONG if p.seqlen_k >= (2048 if dense or not causal else 8192) else _D64_SHORT
+    long = p.seqlen_k >= (2048 if dense or not causal else 8192)
+    if capped:
+        bounded = p.dtype == "bfloat16" and "alibi_slopes" not in p.features
+        return _D64_LONG if long and bounded else _D64_NARROW
+    if p.window_left >= 0 or (dense and causal and p.seqlen_k <= 512):
+        return _D64_NARROW
+    return _D64_LONG if long else _D64_SHORT

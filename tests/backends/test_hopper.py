@@ -115,11 +115,14 @@ def test_tiles_fit_and_do_not_depend_on_lengths_alone() -> None:
         assert tile.block_m == rows
         assert tile.turns == (tokens > 1024)
     for features, shape in (
-        (("softcap",), (192, 64)), (("alibi_slopes",), (192, 128)), (("bias",), (128, 128)),
-        (("dropout", "softcap"), (128, 128)),
+        (("softcap",), (192, 128)), (("alibi_slopes",), (192, 128)), (("bias",), (128, 128)),
+        (("dropout", "softcap"), (128, 128)), (("alibi_slopes", "softcap"), (192, 64)),
     ):  # fmt: skip
         tile = forward_tile(replace(dims, features=frozenset(features)))
         assert (tile.block_m, tile.block_n) == shape
+    capped = replace(dims, features=frozenset({"softcap"}))
+    for changes in ({"dtype": "float16"}, {"seqlen_q": 1024, "seqlen_k": 1024}):
+        assert forward_tile(replace(capped, **changes)).block_n == 64
     packed = replace(dims, layout="varlen")
     assert not forward_tile(packed).turns
     assert forward_tile(replace(packed, window_left=100)).block_n == 64

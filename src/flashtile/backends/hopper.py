@@ -26,8 +26,8 @@ from flashtile.hopper_decode_tiles import HopperDecodeTile
 from flashtile.hopper_tiles import MOST_CAP, HopperTile
 from flashtile.kernels import scores
 from flashtile.kernels.forward import Heads, Variant
+from flashtile.kernels.hopper import capped, layouts
 from flashtile.kernels.hopper import forward as kernels
-from flashtile.kernels.hopper import layouts
 from flashtile.kernels.hopper.scheduler import Work
 from flashtile.kernels.numbers import opaque
 from flashtile.kernels.views import Sequences
@@ -66,6 +66,8 @@ def forward_launch(call: Call, plan: Plan, out: Tensor, lse: Tensor) -> Launch:
     q, a = call.operands.q, operands.arguments(call)
     variant = _by_columns(call, variant_with(call, blocklists.by_queries(call)))
     tile = _fitting(plan.hopper, call, variant)
+    if tile.bounded:
+        variant = _by_polynomials(call, variant)
     k_seq, keys = key_maps(call, a.k_seq, tile)
     queries, outputs, heads, rows = _query_maps(call, out, a.heads, tile)
     grid = min(processors(q.device), triton.query_grid(rows, tile.block_m))
@@ -82,6 +84,13 @@ def _fitting(tile: HopperTile, call: Call, variant: Variant) -> HopperTile:
     capped = [mod.fn for mod in variant.score_mods] == [scores.softcap_approximate]
     small = capped and call.variant.softcap <= MOST_CAP
     return replace(tile, bounded=small and call.operands.q.dtype == torch.bfloat16)
+
+
+def _by_polynomials(call: Call, variant: Variant) -> Variant:
+    """With the polynomials for small scores behind a cap that bounds them."""
+    (mod,) = variant.score_mods
+    terms = capped.polynomials(mod.args[0], operands.score_unit(call) * operands.LOG2E)
+    return variant._replace(score_mods=(mod._replace(args=(*mod.args, *terms)),))
 
 
 def _by_columns(call: Call, variant: Variant) -> Variant:

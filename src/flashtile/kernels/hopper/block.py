@@ -125,8 +125,17 @@ def modify(s, variant, rows, place, LAST: gl.constexpr, TILE: gl.constexpr):
         here = _at_scores(variant, rows.at, first_k, own, constants, BLOCK_N)
         s = apply_score_mods(variant.score_mods, s, here)
     if LAST or len(variant.masks) > 0 or variant.blocks is not None:
-        s = mask_block(s, variant, rows, place, own, constants, BLOCK_N)
+        s = mask_block(s, -float("inf"), variant, rows, place, own, constants, BLOCK_N)
     return s
+
+
+@gluon.jit
+def hide(p, variant, rows, place, TILE: gl.constexpr):
+    """Probabilities of a block that is not the last, 0 where masks hide the key."""
+    if len(variant.masks) > 0 or variant.blocks is not None:
+        own, constants = block_columns(first_of(variant.blocks, place), TILE.block_n)
+        p = mask_block(p, 0.0, variant, rows, place, own, constants, TILE.block_n)
+    return p
 
 
 @gluon.jit
@@ -140,8 +149,8 @@ def column_shift(variant, rows, place, TILE: gl.constexpr):
 
 
 @gluon.jit
-def mask_block(s, variant, rows, place, own, constants, BLOCK_N: gl.constexpr):
-    """Masks, where the block is not seen as a whole by all rows."""
+def mask_block(x, hidden, variant, rows, place, own, constants, BLOCK_N: gl.constexpr):
+    """x with what is hidden for it, where the block is not seen as a whole by all rows."""
     first_k = first_of(variant.blocks, place)
     if needs_masks(rows, place, first_k, variant.blocks, BLOCK_N):
         if compares_positions(variant.masks):
@@ -151,10 +160,10 @@ def mask_block(s, variant, rows, place, own, constants, BLOCK_N: gl.constexpr):
             # Apart and opaque, or ptxas packs comparisons with the end into words for the masks.
             if first_k + BLOCK_N > rows.at.k.length:
                 end = layouts.opaque(rows.at.k.length)
-                s = gl.where(constants < end - own, s, -float("inf"))
+                x = gl.where(constants < end - own, x, hidden)
             seen = allowed(variant.masks, here, rows.at.q_idx >= 0)
-        s = gl.where(seen, s, -float("inf"))
-    return s
+        x = gl.where(seen, x, hidden)
+    return x
 
 
 @gluon.jit

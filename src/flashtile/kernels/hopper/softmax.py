@@ -13,7 +13,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_wait
 
 from flashtile.kernels.hopper import barriers, layouts
-from flashtile.kernels.hopper.block import by_columns, column_shift, drop_block, modify
+from flashtile.kernels.hopper.block import by_columns, column_shift, drop_block, hide, modify
+from flashtile.kernels.hopper.capped import capped_exponentials
 from flashtile.kernels.hopper.channels import left_columns
 from flashtile.kernels.numbers import LN2, LOG2E
 
@@ -109,10 +110,8 @@ def row_maxima(s, shift):
 @gluon.jit
 def raise_maximum(old, s, shift, unit, TILE: gl.constexpr):
     """(new maxima, whether rows have to be rescaled)."""
-    m, grown = old, 0
-    if not TILE.bounded:
-        m = gl.maximum(old, row_maxima(s, shift))
-    if TILE.lazy_rescale and not TILE.bounded:
+    m, grown = gl.maximum(old, row_maxima(s, shift)), 0
+    if TILE.lazy_rescale:
         grows = (m - old) * unit > GROWTH
         m = gl.where(grows, m, old)
         grown = gl.max(grows.to(gl.int32), 0)
@@ -137,12 +136,9 @@ def exponentials(s, m, shift, unit):
 
 
 @gluon.jit
-def decay(state, m, unit, TILE: gl.constexpr):
+def decay(state, m, unit):
     """What goes before maxima rose to m is to be multiplied by."""
-    if TILE.bounded:
-        return state.alpha
-    else:
-        return gl.exp2((state.m - m) * unit)  # from `m * unit` an FMA would keep -1e30's rounding
+    return gl.exp2((state.m - m) * unit)  # from `m * unit` an FMA would keep -1e30's rounding
 
 
 @gluon.jit
@@ -195,6 +191,29 @@ def start_softmax(query, ring, places, i, following, place, rows, variant, unit,
 
 
 @gluon.jit
+def weigh(s, state, variant, rows, place, unit, TILE: gl.constexpr):
+    """(probabilities of a block's scores, new maxima, what goes before them is to be multiplied by,
+    whether that is not 1)."""
+    if TILE.bounded:
+        p = capped_exponentials(s, state.m, variant.score_mods[0].args, unit)
+        return hide(p, variant, rows, place, TILE), state.m, state.alpha, 0
+    else:
+        s = modify(s, variant, rows, place, False, TILE)
+        columns: gl.constexpr = by_columns(variant.score_mods)
+        shift = column_shift(variant, rows, place, TILE) if columns else None
+        m, grown = raise_maximum(state.m, s, shift, unit, TILE)
+        # ptxas orders the loop by what is first. H200, 16k, head dim 128: with the decay causal is
+        # 2% slower; full is 5% faster, if the loop has no wait for the second item before it.
+        if waits_ahead(variant.dropouts, variant.masks, variant.score_mods, TILE):
+            p = exponentials(s, m, shift, unit)
+            alpha = decay(state, m, unit)
+        else:
+            alpha = decay(state, m, unit)
+            p = exponentials(s, m, shift, unit)
+        return p, m, alpha, grown
+
+
+@gluon.jit
 def softmax_step(state, query, ring, places, i, place, rows, variant, unit,
                  WARPGROUP: gl.constexpr, TILE: gl.constexpr):  # fmt: skip
     """Scores of the next block, item i of the ring, and values of the last, item i + 1."""
@@ -214,18 +233,7 @@ def softmax_step(state, query, ring, places, i, place, rows, variant, unit,
     ring.release(i)
     if AHEAD:  # or ptxas moves both arrivals behind 40 exponentials
         s = warpgroup_mma_wait(1, deps=[s])
-    s = modify(s, variant, rows, place, False, TILE)
-    columns: gl.constexpr = by_columns(variant.score_mods)
-    shift = column_shift(variant, rows, place, TILE) if columns else None
-    m, grown = raise_maximum(state.m, s, shift, unit, TILE)
-    # ptxas orders the loop by what is first. H200, 16k, head dim 128: with the decay causal is 2%
-    # slower; full is 5% faster, if the loop has no wait for the second item before it.
-    if AHEAD:
-        p = exponentials(s, m, shift, unit)
-        alpha = decay(state, m, unit, TILE)
-    else:
-        alpha = decay(state, m, unit, TILE)
-        p = exponentials(s, m, shift, unit)
+    p, m, alpha, grown = weigh(s, state, variant, rows, place, unit, TILE)
     l = add_sums(state.l, alpha, p, TILE)
     p = drop_block(p, keys.dtype, variant, rows, place, TILE)
     if AHEAD:
