@@ -65,6 +65,11 @@ class HopperBackwardTile:
         return self.block_n == 64
 
     @property
+    def locked(self) -> bool:
+        """Whether tiles wait for others before they add to a block's dQ."""
+        return self.adds != "in any order"
+
+    @property
     def shared_bytes(self) -> int:
         """Barriers take less than 512 bytes more."""
         keys = 2 * (self.padded + self.padded_v) * self.block_n

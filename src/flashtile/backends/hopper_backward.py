@@ -37,10 +37,11 @@ blocks apart, and what they read and add stays in L2. Time over that in any orde
 the few heads of the default and with 16 (H200): causal 4k 1.36 and 1.13, 16k 1.52 and 1.10; full 4k
 1.58 and 1.12; 1, 8 and 32 heads are no better."""
 
-WIDE_HEADS_IN_ORDER = 4
-"""As many of head dims above 128 where all queries see all keys: a head takes four times as much
-of L2. Full 4k 1.33 with 16, 1.10 with 4 and 1.18 with 2 heads, 16k 1.29, 1.17 and 1.16; causal 4k
-1.23 with 16 and 1.38 with 4, 16k 1.17 and 1.19."""
+L2_IN_ORDER = 32 * 2**20
+"""Bytes of Q, dO and dQ's sums of the heads that do so where all queries see all keys. Tiles then
+drift apart, until those of a head are all over its queries; under a causal mask they end together,
+and those that are far ahead wait. Head dim 256, over the time in any order, 8, 4, 2 heads: 4k 1.20,
+1.07, 1.18; 16k 1.6, 1.21, 1.10, where one is 32 MB and all of its tiles wait for each other."""
 
 ROWS = layouts.ROWS.value
 """Keys of a warpgroup."""
@@ -125,7 +126,7 @@ def workspace(call: Call, tile: HopperBackwardTile, like: Tensor) -> Workspace:
         ((2 * blocks, tile.block_m), torch.float32),
         ((blocks * tile.block_m * tile.padded // 256, 256), torch.float32),
         ((1,), torch.int32) if tile.persistent else None,
-        ((blocks,), torch.int32) if tile.adds != "in any order" else None,
+        ((blocks,), torch.int32) if tile.locked else None,
         ((tiles_of_a_head(call, tile), 2), torch.int32) if call.operands.k.dim() == 3 else None,
     ))  # fmt: skip
 
@@ -221,8 +222,8 @@ def _work(call: Call, tile: HopperBackwardTile, parts: int) -> KeyWork:
         if call.banded:
             together = min(pairs, heads_together(tiles))
         if tile.adds == "in order":
-            alike = tile.wide and not call.banded
-            least = WIDE_HEADS_IN_ORDER if alike else HEADS_IN_ORDER
+            queries = blocks * tile.block_m * q.shape[-2] // (k.shape[-2] * parts)
+            least = HEADS_IN_ORDER if call.banded else heads_in_order(queries, tile)
             together = min(pairs, max(together, least))
     heads = Heads(opaque(q.shape[-2]), opaque(q.shape[-2] // (k.shape[-2] * parts)))
     return KeyWork(
@@ -235,3 +236,11 @@ def heads_together(tiles: int) -> int:
     that the last ones are as many as the others (head dim 128, causal, simulated: 3 heads of 16
     together end 4.5% after 4 do; one of eight, in groups of four query heads, 23%)."""
     return power_of_two(-(-TILES_TOGETHER // tiles))
+
+
+def heads_in_order(queries: int, tile: HopperBackwardTile) -> int:
+    """KV heads, `queries` of each, whose tiles follow each other tile by tile where all queries see
+    all keys and dQ is added in order: as many as L2 has room for, and two at least, which share the
+    wait of tiles that start together."""
+    moved = queries * (6 * tile.padded + 2 * tile.padded_v)
+    return max(2, power_of_two(-(-L2_IN_ORDER // moved)))

@@ -41,13 +41,8 @@ from flashtile.kernels.hopper.key_tiles import (
     row_of,
     start_walk,
 )
-from flashtile.kernels.hopper.query_gradients import (
-    Owed,
-    add_shares,
-    first_tile,
-    open_places,
-    settle,
-)
+from flashtile.kernels.hopper.locks import keep_locks, make_debts
+from flashtile.kernels.hopper.query_gradients import add_shares, first_tile, open_places
 from flashtile.kernels.hopper.query_lists import open_list, open_lists, place_of, row_there
 from flashtile.kernels.hopper.scheduler import pinned
 from flashtile.kernels.hopper.stages import (
@@ -144,32 +139,33 @@ def load_tile(inputs, side, blocks, places, tile, n, i, q_seq, k_seq, lists, wor
 
 
 @gluon.jit
-def add_queries(dq, side, queue, q_seq, k_seq, masks, lists, work, TILE: gl.constexpr):
+def add_queries(dq, side, queue, debts, q_seq, k_seq, masks, lists, work, TILE: gl.constexpr):
     """Add the shares of dQ that the consumers hand over."""
-    n = 0
+    n, owed = 0, 0
     tile = queue.get(n, 1)
     while tile.key >= 0:
         mbarrier.wait(side.full, n & 1)  # nobody is in the tile before
         base = first_block(work, q_seq, tile.batch, TILE)
         q_span, schedule = open_lists(lists, tile, work, q_seq, k_seq, TILE)
         walk = start_walk(tile, work, TILE)
-        steps, owed = tile.blocks * pinned(work.heads.group), Owed(0, 0)
+        steps = tile.blocks * pinned(work.heads.group)
         if steps > 0:
             open_places()
         for j in range(steps):
             place, before = place_of(lists, schedule, tile, walk, q_span, TILE), 0
             row = row_there(lists, place, q_span, TILE)
             block = block_of(row, walk, base, work, TILE)
-            if TILE.adds != "in any order":
+            if TILE.locked:
                 before = tile.key // TILE.block_n - first_tile(row, tile, q_seq, k_seq, masks, TILE)
-            owed = add_shares(dq, side.dq, work.locks, block, before, owed, j == steps - 1, TILE)
+            owed = add_shares(dq, side.dq, work.locks, debts, block, before, owed, j == steps - 1,
+                              TILE)  # fmt: skip
             walk = go_on(walk, tile, work, TILE)
-        if TILE.adds != "in any order":
-            settle(work.locks, owed, work.locks.to(gl.int64))
         tma_store_wait(0)
         barriers.arrive(TILE_DONE, EVERYBODY)
         n += 1
         tile = queue.get(n, 1)
+    if TILE.locked:
+        debts.put(owed, 0, 0)
 
 
 @gluon.jit
@@ -291,6 +287,9 @@ def attention_backward(q, k, v, dout, rows, dq, dk, dv, sequences, variant, scal
     places = ()
     if variant.blocks is not None:
         places = make_places(TILE.slots)
+    debts = ()
+    if TILE.locked:
+        debts = make_debts()
     fence_async_shared()
     gl.warp_specialize([
         (consume, (outputs, side, blocks, places, queue, q_seq, k_seq, variant, scale, work, 0,
@@ -299,5 +298,8 @@ def attention_backward(q, k, v, dout, rows, dq, dk, dv, sequences, variant, scal
                    TILE)),
         (produce, (inputs, side, blocks, places, queue, q_seq, k_seq, variant.masks, variant.blocks,
                    work, TILE)),
-        (add_queries, (dq, side, queue, q_seq, k_seq, variant.masks, variant.blocks, work, TILE)),
-    ], [4, 1, 1], [TILE.registers, TILE.producer_registers, TILE.producer_registers])  # fmt: skip
+        (add_queries, (dq, side, queue, debts, q_seq, k_seq, variant.masks, variant.blocks, work,
+                       TILE)),
+    ] + ([(keep_locks, (debts, work.locks))] if TILE.locked else []),
+        [4, 1, 1, 1] if TILE.locked else [4, 1, 1],
+        [TILE.registers] + [TILE.producer_registers] * (3 if TILE.locked else 2))  # fmt: skip

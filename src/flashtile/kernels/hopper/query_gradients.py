@@ -8,8 +8,6 @@ head dim 128). `finish_query_gradient` undoes the order.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
-
 import triton
 import triton.language as tl
 from triton.experimental import gluon
@@ -19,6 +17,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from flashtile.kernels.hopper import barriers
 from flashtile.kernels.hopper._compat import tma_store, tma_store_wait
+from flashtile.kernels.hopper.locks import wait_lock
 from flashtile.kernels.hopper.stages import DQ_FREE, DQ_FULL, WITH_WRITER
 from flashtile.kernels.masks import key_range
 from flashtile.kernels.numbers import number
@@ -78,79 +77,26 @@ def first_tile(row, tile, q_seq, k_seq, masks, TILE: gl.constexpr):
     return seen.lo // TILE.block_n
 
 
-class Owed(NamedTuple):
-    """The lock of the block before, which is set when what was added is in global memory."""
-
-    block: Any
-    count: Any  # 0: nothing is owed
-
-
 @gluon.jit
-def wait_lock(lock, found, count):
-    """Wait until a lock, last found at `found`, stands at `count` or more; what TMA is told to do
-    then comes after what was written before it did. The fence is of global memory alone: the one of
-    all is a membar.gpu."""
-    gl.inline_asm_elementwise(
-        """{
-        .reg .pred early;
-        mov.b32 $0, $2;
-        again:
-        setp.lt.s32 early, $0, $3;
-        @early ld.acquire.gpu.global.b32 $0, [$1];
-        @early bra again;
-        bar.warp.sync 0xffffffff;
-        fence.proxy.async.global;
-        }""", "=&r,l,r,r", [lock, found, count], dtype=gl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
-
-
-@gluon.jit
-def set_lock(lock, count, following):
-    """Wait until what TMA was told to add or store is in global memory, which needs no fence of
-    proxies, then set a lock. Where the following one stands: the fence, a membar.gpu, is the
-    release of the one and the acquire of the other, and waits for both ways to memory at once."""
-    return gl.inline_asm_elementwise(
-        """{
-        ld.relaxed.gpu.global.b32 $0, [$3];
-        cp.async.bulk.wait_group 0;
-        bar.warp.sync 0xffffffff;
-        fence.acq_rel.gpu;
-        st.relaxed.gpu.global.b32 [$1], $2;
-        }""", "=&r,l,r,l", [lock, count, following], dtype=gl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
-
-
-@gluon.jit
-def settle(locks, owed, following):
-    """Set the lock that is owed, if any, and tell where the following one stands, or -1."""
-    found = -1
-    if owed.count > 0:
-        found = set_lock((locks + owed.block).to(gl.int64), owed.count, following)
-    return found
-
-
-@gluon.jit
-def add_shares(acc, places, locks, block, before, owed, LAST, TILE: gl.constexpr):
-    """Add all shares of a block's dQ, and free their places unless they are the LAST. What is Owed
-    after it.
+def add_shares(acc, places, locks, debts, block, before, owed, LAST, TILE: gl.constexpr):
+    """Add all shares of a block's dQ, and free their places unless they are the LAST. How many
+    locks were owed then, of `owed` before.
 
     Where tiles add in order, a block's lock counts those that have; where they do not, it tells
     that the first has. `before` tiles come before this one, and all of them are earlier tiles of
     the launch, so that nobody waits for a CTA that has not started. The first tile stores.
     """
-    if TILE.adds != "in any order":
-        lock = (locks + block).to(gl.int64)
-        found = settle(locks, owed, lock)
-        wait_lock(lock, found, before if TILE.adds == "in order" else gl.minimum(before, 1))
+    if TILE.locked:
+        wanted = before if TILE.adds == "in order" else gl.minimum(before, 1)
+        wait_lock((locks + block).to(gl.int64), wanted)
     SHARES: gl.constexpr = TILE.block_m * TILE.padded // SHARE
     for n in gl.static_range(SHARES // 2):
         row = (SHARES * block + 2 * n) * (SHARE // 256)
         add_pair(acc, places, row, before, LAST, own_columns(TILE.dim, 0) // 64 - n,
                  own_columns(TILE.dim, 1) // 64 - n, TILE)  # fmt: skip
-    if TILE.adds == "in order":
-        owed = Owed(block, before + 1)
-    elif TILE.adds == "after the first":
-        owed = Owed(block, gl.where(before == 0, 1, 0))
+    if TILE.locked and (TILE.adds == "in order" or before == 0):
+        debts.put(owed, block, before + 1)
+        owed += 1
     return owed
 
 

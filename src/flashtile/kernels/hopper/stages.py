@@ -38,6 +38,12 @@ DS_GIVEN = gl.constexpr(12)
 """Instead, where shares of dQ lag. To warpgroup w, in steps of parity p, 12 + 2 p + w: dS of the
 other one's last step is in shared memory, and it has read that of the step before."""
 
+OWED = gl.constexpr(4)
+"""A block's lock is to be set. Triton's 4 and 5 are of partitions of one warp, which need none."""
+
+WITH_KEEPER = gl.constexpr(64)
+"""Threads of the writer's warp and of the one that sets locks."""
+
 WITH_WRITER = gl.constexpr(160)
 """Threads of a warpgroup and of the writer's warp."""
 
