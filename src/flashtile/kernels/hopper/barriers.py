@@ -2,8 +2,8 @@
 
 An mbarrier's arrival is one thread behind a barrier of its whole partition; `bar.arrive` is one
 instruction and no wait: 501 -> 597 TFLOP/s, together with the dynamic scheduler (H200, head dim
-128, causal, 4k). Triton uses the barriers 0, 1 and, from 2 on, one for each worker partition of more
-than one warp.
+128, causal, 4k). Triton uses the barriers 0, 1 and, from 2 on, one for each worker partition of
+more than one warp.
 """
 
 from __future__ import annotations
