@@ -159,6 +159,19 @@ def test_backward_tiles_of_a_launch() -> None:
 
 
 @pytest.mark.parametrize(
+    ("dim", "tokens", "kv_heads", "together"),
+    [(64, 4096, 32, 16), (64, 16384, 32, 4), (128, 4096, 32, 8), (128, 4096, 8, 2),
+     (128, 16384, 32, 2), (256, 4096, 32, 4), (256, 4032, 32, 4), (256, 3072, 32, 4),
+     (256, 65536, 32, 2), (64, 64, 32, 32)],
+)  # fmt: skip
+def test_heads_in_order_fit_l2(dim: int, tokens: int, kv_heads: int, together: int) -> None:
+    """Where all queries see all keys, whatever is left of a power of two."""
+    call = normalise(*(_half(1, tokens, heads, dim) for heads in (32, kv_heads, kv_heads)))
+    work = hopper_backward._work(call, backward_tile(describe(call), True), 1)
+    assert work.together == opaque(together)
+
+
+@pytest.mark.parametrize(
     ("causal", "heads", "together"), [(False, 20, (1, 16)), (True, 20, (8, 16)), (True, 9, (8, 9))]
 )
 def test_tiles_of_many_heads_follow_each_other_in_order(

@@ -228,7 +228,7 @@ def test_gradients_of_keys_repeat(dim: int) -> None:
     "features", [{}, {"causal": True}, {"window_size": (70, 0)}, {"window_size": (10, 90)}], ids=str
 )
 @pytest.mark.parametrize("lengths", [(), ((300, 300), (1, 700), (0, 9), (500, 130))], ids=bool)
-@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("dim", [64, 128, 256])
 def test_deterministic_gradients(
     dim: int, lengths: tuple[tuple[int, int], ...], features: dict[str, Any]
 ) -> None:

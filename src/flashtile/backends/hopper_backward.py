@@ -31,11 +31,11 @@ TILES_TOGETHER = 256
 H200's 132 SMs. Fewer, and CTAs end far apart; more, and dQ's sums leave L2."""
 
 HEADS_IN_ORDER = 16
-"""Heads whose tiles follow each other tile by tile where dQ is added in order. Tiles of a head that
-start together wait in turn; of 16 heads there are eight at a time on an H200, which then walk a few
-blocks apart, and what they read and add stays in L2. Time over that in any order, head dim 64, with
-the few heads of the default and with 16 (H200): causal 4k 1.36 and 1.13, 16k 1.52 and 1.10; full 4k
-1.58 and 1.12; 1, 8 and 32 heads are no better."""
+"""Heads whose tiles follow each other tile by tile where dQ is added in order under a mask. Tiles
+of a head that start together wait in turn; of 16 heads there are eight at a time on an H200, which
+then walk a few blocks apart, and what they read and add stays in L2. Time over that in any order,
+head dim 64, with the few heads of the default and with 16 (H200): causal 4k 1.36 and 1.13, 16k 1.52
+and 1.10; 1, 8 and 32 heads are no better."""
 
 L2_IN_ORDER = 32 * 2**20
 """Bytes of Q, dO and dQ's sums of the heads that do so where all queries see all keys. Tiles then
@@ -240,7 +240,7 @@ def heads_together(tiles: int) -> int:
 
 def heads_in_order(queries: int, tile: HopperBackwardTile) -> int:
     """KV heads, `queries` of each, whose tiles follow each other tile by tile where all queries see
-    all keys and dQ is added in order: as many as L2 has room for, and two at least, which share the
-    wait of tiles that start together."""
-    moved = queries * (6 * tile.padded + 2 * tile.padded_v)
-    return max(2, power_of_two(-(-L2_IN_ORDER // moved)))
+    all keys and dQ is added in order: a power of two that L2 has room for, and two at least, which
+    share the wait of tiles that start together."""
+    fitting = L2_IN_ORDER // (queries * (6 * tile.padded + 2 * tile.padded_v))
+    return max(2, power_of_two(fitting // 2 + 1))

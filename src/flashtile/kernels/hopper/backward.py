@@ -1,5 +1,7 @@
 """The backward kernel for Hopper: a producer warp, two consumer warpgroups, a warp that adds dQ.
 
+Where dQ is added in order one more warp sets the locks of its blocks.
+
 A tile is 64 keys of one KV head for each warpgroup or, at head dims above 128, for both. They walk
 over the blocks of queries that see it, of every query head of the group. dK and dV stay in
 registers; shares of dQ are added in global memory. Everything that is done to scores is the

@@ -34,7 +34,7 @@ class KeyWork(NamedTuple):
     heads: Any  # Heads, the group a part of a KV head's
     parts: Any  # opaque, of the query heads of a KV head, each with tiles of its own
     counter: Any = None  # (1,) int32: tiles taken, where CTAs take several
-    locks: Any = None  # int32 of each block of queries: see `query_gradients`
+    locks: Any = None  # int32 of each block of queries: see `locks`
     order: Any = None  # int32 (sequence, its tile) of each of packed sequences' tiles of a head
 
 

@@ -79,8 +79,8 @@ def first_tile(row, tile, q_seq, k_seq, masks, TILE: gl.constexpr):
 
 @gluon.jit
 def add_shares(acc, places, locks, debts, block, before, owed, LAST, TILE: gl.constexpr):
-    """Add all shares of a block's dQ, and free their places unless they are the LAST. How many
-    locks were owed then, of `owed` before.
+    """Add all shares of a block's dQ, and free their places unless they are the LAST. Returns how
+    many locks were given to be set so far, `owed` of them before.
 
     Where tiles add in order, a block's lock counts those that have; where they do not, it tells
     that the first has. `before` tiles come before this one, and all of them are earlier tiles of
