@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -59,6 +60,23 @@ def test_one_nan_key(where: int) -> None:
     hit[1, where:, :2] = True
     assert out[hit].isnan().all()
     assert torch.equal(out[~hit], clean[~hit])
+
+
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_a_hidden_nan_key_beside_a_large_score(dim: int) -> None:
+    """Case 37, with a cap: whether a polynomial may stand for the tanh is asked of all scores of a
+    block, of those as well that masks hide."""
+    q, k, v = (torch.randn(1, 512, 2, dim, device="cuda", dtype=BF16) for _ in range(3))
+    row, hidden = 270, 200
+    k[:, hidden + 8] = q[:, row] * (34 / dim**0.5)
+    call = partial(flash_attn_func, window_size=(64, 0), softcap=50.0)
+    clean = call(q, k, v)
+    k[:, hidden, :, 0] = math.nan
+    out = call(q, k, v)
+    seen = torch.zeros(512, dtype=torch.bool, device="cuda")
+    seen[hidden : hidden + 65] = True
+    assert out[:, seen].isnan().all()
+    torch.testing.assert_close(out[:, ~seen], clean[:, ~seen], rtol=0.02, atol=0.02)
 
 
 @pytest.mark.parametrize("scale", [0.0, -0.25, 1e-30])

@@ -22,9 +22,9 @@ LEAST_RATE, MOST_RATE = 2.0**-20, 2.0**20
 """Scores a unit whose fifth power, and squares of scores, are within fp32."""
 
 CHAINS = 4
-"""Sums of a thread's squares. Where one is at most a number's square, so is each of its scores.
-The largest of all would say it of more blocks, at half the rate of an FMA (head dim 256: 7 % more
-time; H200)."""
+"""Sums of a thread's squares. Where one is at most a number's square, so is each of its scores; a
+NaN, which a mask may hide, is not. The largest of all would say it of more blocks, at half the rate
+of an FMA (head dim 256: 7 % more time; H200)."""
 
 
 def polynomials(rate: float, unit_log2: float) -> tuple[float, ...]:
@@ -47,7 +47,7 @@ def _sums_of_squares(scores):
         s, total = scores[i], f"sum{i % CHAINS}"
         first = f"mul.f32 {total}, {s}, {s};"
         lines.append(first if i < CHAINS else f"fma.rn.f32 {total}, {s}, {s}, {total};")
-    return lines + [f"max.f32 sum0, sum0, sum{i};" for i in range(1, CHAINS)]
+    return lines + [f"max.NaN.f32 sum0, sum0, sum{i};" for i in range(1, CHAINS)]
 
 
 @gluon.constexpr_function
@@ -82,7 +82,7 @@ def _assembly(pack):
         largest, terms = numbers[at], numbers[at + 1 : at + 1 + len(TANH[n])]
         at += 1 + len(terms)
         lines += [
-            f"setp.gt.f32 large, sum0, {largest};",
+            f"setp.gtu.f32 large, sum0, {largest};",
             "vote.sync.any.pred large, large, 0xffffffff;",
             f"@large bra.uni NOT{n};",
         ]

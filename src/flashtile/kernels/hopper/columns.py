@@ -7,8 +7,8 @@ its 8 columns: K and V go from shared memory to registers, where they become flo
 instruction. Two dims are one 16-bit element until then.
 
 float16 has all e4m3 numbers. Queries are multiplied by a power of two, so that a row's largest is
-between 2^14 and 2^15: what its others lose is 2^-39 of that. Probabilities are counted in 2^-15,
-which leaves them in full down to 2^-29, bfloat16's three bits longer. What is not a number
+between 2^12 and 2^13: what its others lose is 2^-37 of that. Probabilities are counted in 2^-13,
+which leaves them in full down to 2^-27, bfloat16's three bits longer. What is not a number
 stays so, but in values with scales of tokens, see `widen`.
 
 Tokens a second, in those of bf16 (H200, 32 x 16,384 keys, 32/8 heads), with a scale for each head,
@@ -37,8 +37,9 @@ from flashtile.kernels.widen import assemble, filled, shrunk, value_unit, widen_
 
 WARPS = gl.constexpr(4)
 
-TOP = gl.constexpr(15)
-"""log2 of the largest probability, and of what queries are less than."""
+TOP = gl.constexpr(13)
+"""log2 of the largest probability, and of what queries are less than. float16 ends at 2^16: scores
+of 2^25, of which fp32 has every fourth, may round the largest probability up to that."""
 
 FAR = gl.constexpr(4)
 """Blocks before scales of tokens are loaded that they are asked for."""

@@ -15,7 +15,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 
-from flashtile.kernels.hopper import columns, layouts, rows
+from flashtile.kernels.hopper import columns, rows
 from flashtile.kernels.hopper.channels import Ring, make_barriers, make_blocks
 from flashtile.kernels.hopper.parts import (
     clear_rows,
@@ -77,7 +77,7 @@ def clear_rest(out, lse, q_seq, k_seq, masks, sink, heads, work, TILE: gl.conste
         q_span = open_sequence(q_seq, batch)
         k_span = open_sequence(k_seq, gl.minimum(batch, number(q_seq.batch) - 1))
         _, blocks = blocks_seen(q_span, k_span, masks, TILE.block_n)
-        done = gl.where(blocks > 0, layouts.ROWS, 0)
+        done = gl.where(blocks > 0, TILE.block_m, 0)
         clear_rows(out, lse, batch, done, q_seq, q_span, work.kv_heads, heads, sink, TILE)
 
 
