@@ -42,6 +42,10 @@ TABLE = torch.tensor([[0, 1], [2, 3]], dtype=torch.int32)
 TYPE_ERRORS: list[tuple[Any, str]] = [
     (lambda: dense(q=[1]), "q is a list; it must be a torch.Tensor"),
     (lambda: dense(v=None), "v is a NoneType"),
+    (
+        lambda: dense(attn_mask=torch.zeros(1, 8).to(torch.float8_e4m3fn)),
+        "attn_mask has dtype torch.float8_e4m3fn; it must be bool or floating",
+    ),
     (lambda: dense(Q.int(), K.int(), V.int()), "q has dtype torch.int32; it must be float16"),
     (lambda: dense(k=K.half()), "q, k and v have dtypes torch.float32, torch.float16 and torch.fl"),
     (lambda: varlen(CU.long()), "cu_seqlens_q has dtype torch.int64; it must be torch.int32"),
@@ -101,6 +105,10 @@ VALUE_ERRORS: list[tuple[Any, str]] = [
     (lambda: dense(softmax_scale=float("nan")), "softmax_scale is nan; it must be finite"),
     (lambda: dense(window_size=(-2, 0)), "window_size left is -2; it must be at least 0, or -1 or"),
     (lambda: dense(window_size=(0, -7)), "window_size right is -7; it must be at least 0"),
+    (
+        lambda: dense(window_size=(-1, -7), causal=True),
+        "window_size right is -7; it must be at least 0",
+    ),
     (lambda: dense(bias=torch.randn(1, 3, 8, 8)), "bias has shape (1, 3, 8, 8); it must broadcast"),
     (
         lambda: dense(attn_mask=torch.ones(7, 8) > 0),

@@ -256,6 +256,23 @@ def test_autocast_casts_q_k_v() -> None:
     assert direct.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("keywords", [{}, {"window_size": (4, 0)}, {"softcap": 5.0}], ids=str)
+def test_a_backward_under_autocast(keywords: dict[str, Any], dtype: torch.dtype) -> None:
+    """Of a forward that was outside as well: gradients are those of no autocast."""
+    found = []
+    for inside in (False, True):
+        torch.manual_seed(0)
+        leaves = _qkv(9)
+        out, lse = flashtile.flash_attn_func(*leaves, return_lse=True, **keywords)
+        with torch.autocast("cpu", dtype=dtype, enabled=inside):
+            (out.sum() + lse.sum()).backward()
+        found.append([x.grad for x in leaves])
+    for without, within in zip(*found, strict=True):
+        assert without is not None and within is not None
+        assert torch.equal(without, within)
+
+
 @pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
 @pytest.mark.parametrize("dim", [0, 1])
 def test_vmap(dim: int) -> None:
@@ -287,6 +304,10 @@ def test_forward_mode_says_no() -> None:
         dual = torch.autograd.forward_ad.make_dual(k, torch.randn_like(k))
         with pytest.raises(NotImplementedError, match="k has a forward-mode tangent"):
             flashtile.flash_attn_func(q, dual, v)
+        caches = torch.zeros(2, 2, 20, 2, 16)
+        with pytest.raises(NotImplementedError, match="k has a forward-mode tangent"):
+            flashtile.flash_attn_with_kvcache(q, *caches, dual, v, cache_seqlens=3)
+        assert not caches.any()
 
 
 def test_fake_tensors_of_a_gpu_that_is_not_there() -> None:

@@ -141,9 +141,9 @@ def _check_features(call: Call) -> None:
     for name in ("bias", "attn_mask"):
         _check_broadcastable(name, getattr(operands, name), call)
     mask = operands.attn_mask
-    if mask is not None and mask.requires_grad:
+    if mask is not None and mask.requires_grad and torch.is_grad_enabled():
         raise ValueError("attn_mask requires grad; pass it as bias, which has a gradient")
-    if operands.bias is not None and not operands.bias.is_floating_point():
+    if operands.bias is not None and operands.bias.dtype not in FLOATING:
         raise TypeError(
             f"bias has dtype {operands.bias.dtype}; it must be floating (see attn_mask)"
         )
@@ -151,7 +151,7 @@ def _check_features(call: Call) -> None:
     if slopes is not None:
         is_tensor("alibi_slopes", slopes)
         same_device("alibi_slopes", slopes, q)
-        if not slopes.is_floating_point():
+        if slopes.dtype not in FLOATING:
             raise TypeError(f"alibi_slopes has dtype {slopes.dtype}; it must be floating")
         if tuple(slopes.shape) not in ((heads,), (call.batch, heads)):
             raise ValueError(
@@ -162,7 +162,7 @@ def _check_features(call: Call) -> None:
     if sink is not None:
         is_tensor("learnable_sink", sink, 1)
         same_device("learnable_sink", sink, q)
-        if not sink.is_floating_point():
+        if sink.dtype not in FLOATING:
             raise TypeError(f"learnable_sink has dtype {sink.dtype}; it must be floating")
         if sink.shape[0] != heads:
             raise ValueError(f"learnable_sink has shape {tuple(sink.shape)}; it must be ({heads},)")
@@ -175,7 +175,7 @@ def _check_broadcastable(name: str, x: Tensor | None, call: Call) -> None:
         return
     is_tensor(name, x, 4)
     same_device(name, x, call.operands.q)
-    if x.dtype != torch.bool and not x.is_floating_point():
+    if x.dtype != torch.bool and x.dtype not in FLOATING:
         raise TypeError(f"{name} has dtype {x.dtype}; it must be bool or floating")
     full = (call.batch, call.operands.q.shape[-2], call.seqlen_q, call.seqlen_k)
     if call.varlen:  # packed sequences are indexed from their own start: at least the longest

@@ -311,7 +311,7 @@ def window_sides(window_size: tuple[int | None, int | None], causal: bool) -> tu
     if not isinstance(window_size, tuple | list) or len(window_size) != 2:
         raise TypeError(f"window_size is {window_size!r}; it must be a pair (left, right)")
     left, right = (UNBOUNDED if side is None else int(side) for side in window_size)
-    return left, 0 if causal else right
+    return left, 0 if causal and right >= UNBOUNDED else right
 
 
 def scale_or_default(softmax_scale: float | None, q: Tensor) -> float:

@@ -55,9 +55,10 @@ def check_append(call: Call, new: NewTokens) -> None:
     if new.k is None:
         check(call)
         return
-    lengths, capacity, seqs = call.sequences.seqused_k, call.seqlen_k, call.sequences
-    if lengths is None or lengths.numel() == 0:
+    capacity, seqs = call.seqlen_k, call.sequences
+    if seqs.seqused_k is None or seqs.seqused_k.numel() == 0:
         return
+    lengths = seqs.seqused_k.long()  # int32 would wrap at the top
     _check_offsets("cu_seqlens_q", seqs.cu_seqlens_q, call.operands.q.shape[0])
     _check_offsets("cu_seqlens_k_new", new.cu_seqlens, new.k.shape[0])
     _check_longest("max_seqlen_q", seqs.max_seqlen_q, seqs.cu_seqlens_q)
@@ -82,8 +83,9 @@ def check_append(call: Call, new: NewTokens) -> None:
 def _check_positions(call: Call, new: NewTokens, counts: Tensor, positions: int) -> None:
     """Every token has a rotary position."""
     lengths, cu_seqlens_q = call.sequences.seqused_k, call.sequences.cu_seqlens_q
-    start = lengths if new.rotary_seqlens is None else new.rotary_seqlens
-    assert start is not None
+    given = lengths if new.rotary_seqlens is None else new.rotary_seqlens
+    assert given is not None
+    start = given.long()
     queries = counts * 0 + call.seqlen_q if cu_seqlens_q is None else cu_seqlens_q.diff()
     steps = torch.maximum(counts, queries if call.banded else queries.clamp(max=1))
     name = "cache_seqlens" if new.rotary_seqlens is None else "rotary_seqlens"

@@ -42,7 +42,26 @@ ROTARY = {"rotary_cos": torch.rand(16, 4), "rotary_sin": torch.rand(16, 4)}
 PREFIX = torch.randn(5, 2, 16), torch.randn(5, 2, 16)
 PAGES = {"k_cache": torch.randn(4, 8, 2, 16), "v_cache": torch.randn(4, 8, 2, 16)}
 
+ONE_SCALE = torch.ones(2, 16, 2)
+
 VALUES: list[tuple[dict[str, Any], str]] = [
+    (
+        quantised(k_descale=torch.ones(2, 1, 2).expand(2, 16, 2), v_descale=torch.ones(2, 16, 2)),
+        "k_descale has shape (2, 16, 2) and strides (2, 0, 1); to be written to, no two of",
+    ),
+    (
+        quantised(k_descale=ONE_SCALE, v_descale=ONE_SCALE),
+        "k_descale and v_descale are one tensor; tokens have two scales",
+    ),
+    (
+        given(cache_seqlens=ints(1, 2**31 - 1)),
+        "cache_seqlens plus 3 new tokens reaches 2147483650; k_cache holds 16",
+    ),
+    (
+        given(rotary_cos=torch.rand(16, 4), rotary_sin=torch.rand(16, 4),
+              rotary_seqlens=ints(1, 2**31 - 1)),
+        "rotary_cos has 16 positions; rotary_seqlens plus the new tokens needs 2147483650",
+    ),
     (
         given(k_cache=torch.randn(1, 16, 2, 16).expand(2, -1, -1, -1)),
         "k_cache has shape (2, 16, 2, 16) and strides (0, 32, 16, 1); to be written to, no two of",

@@ -195,6 +195,23 @@ def test_autocast_follows_the_cache() -> None:
     assert torch.equal(k_cache[:, 5:6], k.to(torch.bfloat16))
 
 
+@pytest.mark.parametrize("prefixed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_autocast_of_another_dtype_than_the_cache(dtype: torch.dtype, prefixed: bool) -> None:
+    k_cache, v_cache, _ = _cache(0, BATCH, dtype)
+    q, k, v = (torch.randn(BATCH, 1, h, DIM) for h in (HEADS, KV_HEADS, KV_HEADS))
+    prefix = (k_cache[0, :3].clone(), v_cache[0, :3].clone()) if prefixed else None
+    found = []
+    for enabled in (False, True):
+        caches = k_cache.clone(), v_cache.clone()
+        new = (q, k, v) if enabled else [x.to(dtype) for x in (q, k, v)]
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            out = flash_attn_with_kvcache(new[0], *caches, *new[1:], cache_seqlens=5, prefix=prefix)
+        found.append((out, *caches))
+    for without, within in zip(*found, strict=True):
+        assert torch.equal(without, within)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_autocast_leaves_a_cache_that_is_only_read_as_it_is(dtype: torch.dtype) -> None:
     k_cache, v_cache, _ = _cache(0, BATCH, dtype)

@@ -77,6 +77,9 @@ def test_attention_over_what_was_filled(who: str) -> None:
     assert (out - expected).pow(2).mean().sqrt() < 0.03
 
 
+ONE = torch.ones(2)
+
+
 def _call(**changes: Any) -> Callable[[], None]:
     def call() -> None:
         given: dict[str, Any] = {
@@ -103,6 +106,16 @@ ERRORS = [
         _call(k_cache=torch.ones(3, 21, 2, 16).to(E4M3)), ValueError,
         "k_cache has shape (3, 21, 2, 16); it must be k's (3, 20, 2, 16)",
     ),
+    (
+        _call(v_cache=torch.ones(1, 20, 2, 16).to(E4M3).expand(SHAPE)), ValueError,
+        "v_cache has shape (3, 20, 2, 16) and strides (0, 32, 16, 1); to be written to",
+    ),
+    (
+        _call(v_descale=torch.ones(1).expand(2)), ValueError,
+        "v_descale has shape (2,) and strides (0,); to be written to",
+    ),
+    (_call(v=torch.randn(SHAPE, device="meta")), ValueError, "v is on meta"),
+    (_call(k_descale=ONE, v_descale=ONE), ValueError, "K and V are to be written to one tensor"),
     (
         _call(v_descale=torch.ones(3)), ValueError,
         "v_descale has shape (3,); it must be (), (2,), (3, 2) or (3, 20, 2)",

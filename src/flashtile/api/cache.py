@@ -12,7 +12,7 @@ from torch import Tensor
 
 from flashtile import checks, ops
 from flashtile.api import warm
-from flashtile.api.call import Window, attend, host_int, normalise
+from flashtile.api.call import Window, attend, host_int, normalise, refuse_forward_mode
 from flashtile.api.tokens import check_appendable, check_new_tokens
 from flashtile.backends.cache import NewTokens
 from flashtile.problem import E4M3, FLOATING
@@ -135,7 +135,7 @@ def flash_attn_with_kvcache(
         q = q.to(k_cache.dtype)
         k, v = (x if x is None else x.to(k_cache.dtype) for x in (k, v))
     if k is not None:
-        check_appendable(k_cache, v_cache)
+        check_appendable(k_cache, v_cache, k_descale, v_descale)
     call = normalise(
         q, k_cache, v_cache, softmax_scale=softmax_scale, causal=causal, window_size=window_size,
         softcap=softcap, alibi_slopes=alibi_slopes, attn_mask=attn_mask, tree_mask=tree_mask,
@@ -155,6 +155,7 @@ def flash_attn_with_kvcache(
     else:
         if out is not None:
             checks.check_out(out, call)
+        refuse_forward_mode(call.operands._asdict() | new._asdict())
         result, lse = ops.with_kvcache(*new, *call.flat())
         if k is not None:
             _count_change(k_cache, v_cache, k_descale, v_descale)

@@ -94,7 +94,7 @@ def attend(
     """Run a call: out, (out, lse), or (out, lse, S_dmask)."""
     if out is not None:
         checks.check_out(out, call)
-    _refuse_forward_mode(call)
+    refuse_forward_mode(call.operands._asdict())
     result, lse = ops.forward(*ops.with_mask_blocks(call).flat())
     result = result if out is None else out.copy_(result)
     if return_attn_probs:
@@ -116,12 +116,12 @@ def signed_probabilities(call: Call) -> Tensor:
         )
 
 
-def _refuse_forward_mode(call: Call) -> None:
+def refuse_forward_mode(given: dict[str, Any]) -> None:
     """torch.library's operators drop tangents in silence; raise instead of returning zeros."""
     if forward_ad._current_level < 0:
         return
-    for name, x in zip(call.operands._fields, call.operands, strict=True):
-        if x is not None and forward_ad.unpack_dual(x).tangent is not None:
+    for name, x in given.items():
+        if isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None:
             raise NotImplementedError(
                 f"{name} has a forward-mode tangent; flashtile has no jvp. "
                 "flashtile.reference.attention has."

@@ -40,6 +40,8 @@ def quantize_kv(
     pairs = (("k", k, k_cache, k_descale), ("v", v, v_cache, v_descale))
     for name, x, cache, scale in pairs:
         _check(name, x, cache, scale, k)
+    if k_cache is v_cache or k_descale is v_descale:
+        raise ValueError("K and V are to be written to one tensor; each has a cache and a scale")
     with torch.no_grad():
         for _, x, cache, scale in pairs:
             found = _scales(x, scale)
@@ -60,6 +62,7 @@ def _scales(x: Tensor, scale: Tensor) -> Tensor:
 
 def _check(name: str, x: Tensor, cache: Tensor, scale: Tensor, k: Tensor) -> None:
     checks.is_tensor(name, x, 4)
+    checks.same_device(name, x, k)
     if x.dtype not in FLOATING:
         raise TypeError(f"{name} has dtype {x.dtype}; it must be float16, bfloat16 or wider")
     for what, other, dtype in (("cache", cache, E4M3), ("descale", scale, torch.float32)):
@@ -67,6 +70,7 @@ def _check(name: str, x: Tensor, cache: Tensor, scale: Tensor, k: Tensor) -> Non
         checks.same_device(f"{name}_{what}", other, k)
         if other.dtype != dtype:
             raise TypeError(f"{name}_{what} has dtype {other.dtype}; it must be {dtype}")
+        checks.is_writable(f"{name}_{what}", other)
     if cache.shape != x.shape:
         raise ValueError(
             f"{name}_cache has shape {tuple(cache.shape)}; it must be {name}'s {tuple(x.shape)}"

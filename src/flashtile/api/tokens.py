@@ -10,15 +10,22 @@ from flashtile.backends.cache import NewTokens
 from flashtile.problem import FLOATING, UNBOUNDED, Call
 
 
-def check_appendable(k_cache: Tensor, v_cache: Tensor) -> None:
-    """A cache of other strides would be copied, and the copy appended to; rows that are one in
-    memory would overwrite each other."""
+def check_appendable(
+    k_cache: Tensor, v_cache: Tensor, k_descale: Tensor | None, v_descale: Tensor | None
+) -> None:
+    """A cache of other strides would be copied, and the copy appended to; rows, or scales of
+    tokens, that are one in memory would overwrite each other."""
     for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
         if cache.stride(-1) != 1 and cache.shape[-1] > 1:
             raise ValueError(
                 f"{name} has strides {cache.stride()}; to be appended to, its last must be 1"
             )
         checks.is_writable(name, cache)
+    for name, scale in (("k_descale", k_descale), ("v_descale", v_descale)):
+        if isinstance(scale, Tensor) and scale.dim() == 3:
+            checks.is_writable(name, scale)
+            if k_descale is v_descale:
+                raise ValueError("k_descale and v_descale are one tensor; tokens have two scales")
 
 
 def check_new_tokens(call: Call, new: NewTokens, cache_seqlens: int | Tensor | None) -> None:

@@ -10,7 +10,9 @@ flash kernel can do a segment, it does.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from functools import wraps
+from typing import Concatenate, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -91,6 +93,28 @@ class _Saved(NamedTuple):
     delta: Tensor  # lse's shape: rowsum(dout * out) - dlse
 
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _in_own_dtypes(
+    function: Callable[Concatenate[Call, P], R],
+) -> Callable[Concatenate[Call, P], R]:
+    """A function of calls in which autocast casts nothing: what is to be cast has been, and it
+    would cast the factors of a product and not the sum that it is added to."""
+
+    @wraps(function)
+    def run(call: Call, *args: P.args, **kwargs: P.kwargs) -> R:
+        kind = call.operands.q.device.type
+        if not torch.is_autocast_enabled(kind):
+            return function(call, *args, **kwargs)
+        with torch.autocast(kind, enabled=False):
+            return function(call, *args, **kwargs)
+
+    return run
+
+
+@_in_own_dtypes
 def forward(call: Call, plan: Plan, out_dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
     """(out, lse) of a call; rows of no sequence and rows that see no key are 0 and -inf. out is in
     q's dtype, unless another is given."""
@@ -118,6 +142,7 @@ def forward(call: Call, plan: Plan, out_dtype: torch.dtype | None = None) -> tup
     return out, lse
 
 
+@_in_own_dtypes
 def backward(
     call: Call,
     plan: Plan,
