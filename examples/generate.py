@@ -72,7 +72,14 @@ def load(path: Path, device: torch.device) -> GPT:
         saved = torch.load(path, map_location=device, weights_only=True)
         model = GPT(GPTConfig(**saved["config"])).to(device)
         model.load_state_dict(saved["model"])
-    except (pickle.UnpicklingError, EOFError, RuntimeError, LookupError, TypeError) as wrong:
+    except (
+        pickle.UnpicklingError,
+        OSError,
+        EOFError,
+        RuntimeError,
+        LookupError,
+        TypeError,
+    ) as wrong:
         reason = f"{path} is no file that this option wrote"
         raise typer.BadParameter(reason, param_hint="--checkpoint") from wrong
     return model
@@ -108,6 +115,8 @@ def serve(engine: Engine, arrivals: deque[Arrival], console: Console) -> list[Se
     start, step = time.perf_counter(), 0
     with Live(console=console, transient=True) as live:
         while arrivals or engine.busy:
+            if not engine.busy:  # nothing to do before the next one comes
+                step = max(step, arrivals[0].step)
             while arrivals and arrivals[0].step <= step:
                 generation = engine.submit(arrivals.popleft().request)
                 served.append(Served(generation, time.perf_counter() - start))
@@ -181,7 +190,9 @@ def summary(engine: Engine, served: list[Served]) -> str:
 
 def main(
     requests: Annotated[int, typer.Option(min=1, help="How many arrive.")] = 8,
-    gap: Annotated[float, typer.Option(min=0.01, help="Steps between them, on average.")] = 8.0,
+    gap: Annotated[
+        float, typer.Option(min=0.01, max=1e9, help="Steps between them, on average.")
+    ] = 8.0,
     limit: Annotated[int, typer.Option(min=1, help="Tokens that each may write.")] = 160,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest.")] = 0.7,
     pages: Annotated[int, typer.Option(min=1, help="Pages of the cache.")] = 32,
@@ -191,7 +202,9 @@ def main(
     checkpoint: Annotated[
         Path | None, typer.Option(help="Load the model from here, or train it and save it here.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of prompts, arrivals and texts.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**62, help="Of prompts, arrivals and texts.")
+    ] = 0,
     device: Annotated[str | None, typer.Option(help="cpu or cuda. Default: the best.")] = None,
 ) -> None:
     """A small GPT writes text for requests that come and go, over a paged KV cache."""

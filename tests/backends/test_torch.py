@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from flashtile import flash_attn_func, flash_attn_varlen_func
+from flashtile.api import normalise
 from flashtile.backends import aten
 from flashtile.backends import torch as backend
+from flashtile.problem import Variant
 from flashtile.testing.blocks import small_blocks
 from flashtile.testing.memory import peak_bytes
 from flashtile.testing.standard import standard_attention
@@ -124,3 +126,11 @@ def test_packed_sequences_use_it_one_by_one(monkeypatch: pytest.MonkeyPatch) -> 
     q, k = torch.randn(8, 2, 8), torch.randn(13, 2, 8)
     flash_attn_varlen_func(q, k, k, cu_q, cu_k, causal=True)
     assert lengths == [(5, 5)]
+
+
+@pytest.mark.parametrize("name", [n for n in Variant._fields if n not in aten.UNDERSTOOD])
+def test_torchs_kernel_takes_no_scalar_that_it_does_not_know(name: str) -> None:
+    call = normalise(*(torch.randn(1, 8, 2, 16) for _ in range(3)))
+    assert aten.whole(call) is not None
+    changed = call.variant._replace(**{name: 1})
+    assert aten.whole(call._replace(variant=changed)) is None

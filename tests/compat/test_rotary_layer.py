@@ -61,6 +61,14 @@ def test_inplace_without_gradient_returns_x(rotary):
     close(x, expected)
 
 
+def test_rows_of_no_sequence_stay(rotary):
+    x, cu_seqlens = torch.ones(6, 1, 4), torch.tensor([0, 2, 4], dtype=torch.int32)
+    cos, sin = torch.zeros(8, 2), torch.ones(8, 2)
+    rotary.apply_rotary_emb(x, cos, sin, inplace=True, cu_seqlens=cu_seqlens, max_seqlen=2)
+    assert x[:4, 0].eq(torch.tensor([-1.0, -1.0, 1.0, 1.0])).all()
+    assert x[4:].eq(1).all()
+
+
 @pytest.mark.parametrize("inplace", [False, True], ids=["new", "inplace"])
 @pytest.mark.parametrize("offsets", OFFSETS)
 def test_varlen(rotary, bert_padding, offsets, inplace):
@@ -221,6 +229,14 @@ def test_errors(rotary):
     with pytest.raises(ValueError, match="max_seqlen is None"):
         cu_seqlens = torch.tensor([0, 7], dtype=torch.int32)
         rotary.apply_rotary_emb(x[0], cos, sin, cu_seqlens=cu_seqlens)
+    with pytest.raises(ValueError, match=r"sin has shape \(3, 6\); it must be cos's"):
+        rotary.apply_rotary_emb(x, cos, sin[:3])
+    with pytest.raises(ValueError, match="dimension 2 must be 3"):
+        rotary.apply_rotary_emb_qkv_(torch.randn(1, 3, 4, HEADS, DIM), cos, sin)
+    with pytest.raises(ValueError, match="dimension 2 must be 2"):
+        rotary.apply_rotary_emb_kv_(torch.randn(1, 3, 3, HEADS, DIM), cos, sin)
+    with pytest.raises(ValueError, match="num_heads_q is 4; qkv has 7 heads"):
+        rotary.apply_rotary_emb_qkv_(torch.randn(1, 3, 7, DIM), cos, sin, num_heads_q=4)
     with pytest.raises(ValueError, match="num_heads_q is None"):
         rotary.apply_rotary_emb_qkv_(x, cos, sin)
     with pytest.raises(ValueError, match="max_seqlen is None"):

@@ -204,6 +204,8 @@ def test_sizes_are_checked(model: GPT, name: str) -> None:
         (Request((-1,), 1), r"prompt has token -1; it must be in \[0, 32\)"),
         (Request((1,), 1, stop=99), r"stop has token 99; it must be in \[0, 32\)"),
         (Request((1,), 0), "limit is 0; it must be at least 1"),
+        (Request((1.5,), 1), "prompt has token 1.5; it must be an int"),  # type: ignore[arg-type]
+        (Request((1,), 2.5), "limit is 2.5; it must be an int"),  # type: ignore[arg-type]
         (Request((1,), 1, temperature=-0.5), "temperature is -0.5; it must be finite and at least"),
         (Request((1,), 1, temperature=float("nan")), "temperature is nan; it must be finite"),
         (

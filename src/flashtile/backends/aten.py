@@ -13,7 +13,11 @@ import torch
 from torch import Tensor
 
 from flashtile.backends.segments import Segment
-from flashtile.problem import UNBOUNDED, Call
+from flashtile.problem import UNBOUNDED, Call, Variant
+
+UNDERSTOOD = frozenset({"softmax_scale", "window_left", "window_right", "deterministic",
+                        "num_splits", "split_size", "latent"})  # fmt: skip
+"""Scalars that `can` looks at, or that change no result here. Any other must be its default."""
 
 
 def can(call: Call, segment: Segment) -> bool:
@@ -23,8 +27,11 @@ def can(call: Call, segment: Segment) -> bool:
         q.device.type == "cpu"
         and q.dtype == k.dtype
         and all(x is None for x in features)
-        and variant.softcap == 0.0
-        and variant.score_mod == variant.mask_mod == 0
+        and all(
+            getattr(variant, name) == default
+            for name, default in Variant._field_defaults.items()
+            if name not in UNDERSTOOD
+        )
         and variant.softmax_scale > 0.0  # it scales masked scores too: -inf * 0 is NaN
         and variant.window_left == UNBOUNDED
         and (variant.window_right == UNBOUNDED or _causal_square(variant.window_right, segment))

@@ -218,8 +218,12 @@ class Engine:
             raise ValueError("prompt has 0 tokens; it must have at least 1")
         for name, tokens in (("prompt", prompt), ("stop", (request.stop or 0,))):
             for token in tokens:
+                if not isinstance(token, int):
+                    raise ValueError(f"{name} has token {token}; it must be an int")
                 if not 0 <= token < vocabulary:
                     raise ValueError(f"{name} has token {token}; it must be in [0, {vocabulary})")
+        if not isinstance(limit, int):
+            raise ValueError(f"limit is {limit}; it must be an int")
         if limit < 1:
             raise ValueError(f"limit is {limit}; it must be at least 1")
         if not (math.isfinite(request.temperature) and request.temperature >= 0.0):

@@ -31,7 +31,7 @@ def apply_rotary_emb(
     seqlen_offsets, an int or (batch,). Pairs are dims (0, 1), (2, 3), ... if interleaved, else
     (0, rotary_dim / 2), (1, rotary_dim / 2 + 1), ... Returns x's shape and dtype.
     """
-    _check(x, cos, seqlen_offsets, cu_seqlens, max_seqlen)
+    _check(x, cos, sin, seqlen_offsets, cu_seqlens, max_seqlen)
     positions = _positions(x, seqlen_offsets, cu_seqlens)
     if isinstance(seqlen_offsets, Tensor) or cu_seqlens is not None:
         # These positions are known on the device only. As in FlashAttention, a token past the end
@@ -42,6 +42,9 @@ def apply_rotary_emb(
     rotated = rotate(rows, cos, sin, positions, interleaved).view(x.shape)
     if not inplace:
         return rotated
+    if cu_seqlens is not None:  # rows of no sequence stay as they are
+        tokens = torch.arange(x.shape[0], device=x.device)
+        rotated = torch.where((tokens < cu_seqlens[-1])[:, None, None], rotated, x)
     _write(x, rotated)
     return rotated if rotated.requires_grad else x
 
@@ -89,8 +92,15 @@ def apply_rotary_emb_qkv_(
     num_heads_q + 2 * kv_heads, head_dim). cos_k and sin_k are k's tables where they differ.
     """
     if qkv.dim() == 5:
+        if qkv.shape[2] != 3:
+            raise ValueError(f"qkv has shape {tuple(qkv.shape)}; dimension 2 must be 3")
         q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
     elif num_heads_q is not None:
+        if num_heads_q > qkv.shape[2] or (qkv.shape[2] - num_heads_q) % 2:
+            raise ValueError(
+                f"num_heads_q is {num_heads_q}; qkv has {qkv.shape[2]} heads, of which an even "
+                "number must be left for k and v"
+            )
         end = num_heads_q + (qkv.shape[2] - num_heads_q) // 2
         q, k, v = qkv[:, :, :num_heads_q], qkv[:, :, num_heads_q:end], qkv[:, :, end:]
     else:
@@ -115,6 +125,8 @@ def apply_rotary_emb_kv_(
     seqlen_offsets: int | Tensor = 0,
 ) -> Tensor:
     """Rotate k of a packed kv (batch, seqlen, 2, kv_heads, head_dim) in place."""
+    if kv.shape[2] != 2:
+        raise ValueError(f"kv has shape {tuple(kv.shape)}; dimension 2 must be 2")
     k, v = kv[:, :, 0], kv[:, :, 1]
     turned = apply_rotary_emb(k, cos, sin, interleaved, seqlen_offsets=seqlen_offsets)
     result = torch.stack((turned, v), dim=2) if turned.requires_grad else kv
@@ -224,11 +236,14 @@ class RotaryEmbedding(nn.Module):
 def _check(
     x: Tensor,
     cos: Tensor,
+    sin: Tensor,
     offsets: int | Tensor,
     cu_seqlens: Tensor | None,
     max_seqlen: int | None,
 ) -> None:
     rotary_dim = 2 * cos.shape[-1]
+    if sin.shape != cos.shape:
+        raise ValueError(f"sin has shape {tuple(sin.shape)}; it must be cos's {tuple(cos.shape)}")
     if rotary_dim > x.shape[-1]:
         raise ValueError(f"{rotary_dim=} of cos must not exceed x's head_dim {x.shape[-1]}")
     if cu_seqlens is None:
