@@ -72,14 +72,8 @@ def load(path: Path, device: torch.device) -> GPT:
         saved = torch.load(path, map_location=device, weights_only=True)
         model = GPT(GPTConfig(**saved["config"])).to(device)
         model.load_state_dict(saved["model"])
-    except (
-        pickle.UnpicklingError,
-        OSError,
-        EOFError,
-        RuntimeError,
-        LookupError,
-        TypeError,
-    ) as wrong:
+    except (pickle.UnpicklingError, OSError, EOFError, RuntimeError, LookupError,
+            TypeError) as wrong:  # fmt: skip
         reason = f"{path} is no file that this option wrote"
         raise typer.BadParameter(reason, param_hint="--checkpoint") from wrong
     return model

@@ -55,6 +55,11 @@ class HopperDecodeTile:
         return self.padded // 2 if self.e4m3 else self.padded
 
     @property
+    def widths(self) -> tuple[int, int]:
+        """Elements of a row of keys, and of values, that are loaded at once."""
+        return self.stored, self.stored
+
+    @property
     def shared_bytes(self) -> int:
         """Of 16-bit tiles."""
         return 4 * self.pairs * self.block_n * self.stored

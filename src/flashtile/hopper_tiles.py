@@ -47,6 +47,11 @@ class HopperTile:
         return self.values or self.padded
 
     @property
+    def widths(self) -> tuple[int, int]:
+        """Elements of a row of keys, and of values, that are loaded at once."""
+        return self.padded, self.padded_v
+
+    @property
     def block_m(self) -> int:
         return 64 * self.warpgroups
 

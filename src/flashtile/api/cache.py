@@ -155,7 +155,7 @@ def flash_attn_with_kvcache(
     else:
         if out is not None:
             checks.check_out(out, call)
-        refuse_forward_mode(call.operands._asdict() | new._asdict())
+        refuse_forward_mode(call.operands, new)
         result, lse = ops.with_kvcache(*new, *call.flat())
         if k is not None:
             _count_change(k_cache, v_cache, k_descale, v_descale)

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from flashtile import checks, ops, reference
+from flashtile.backends.cache import NewTokens
 from flashtile.mods import functions
 from flashtile.mods.functions import MaskFunction, ScoreFunction, mod_operands
 from flashtile.problem import (
@@ -94,7 +95,7 @@ def attend(
     """Run a call: out, (out, lse), or (out, lse, S_dmask)."""
     if out is not None:
         checks.check_out(out, call)
-    refuse_forward_mode(call.operands._asdict())
+    refuse_forward_mode(call.operands)
     result, lse = ops.forward(*ops.with_mask_blocks(call).flat())
     result = result if out is None else out.copy_(result)
     if return_attn_probs:
@@ -116,11 +117,11 @@ def signed_probabilities(call: Call) -> Tensor:
         )
 
 
-def refuse_forward_mode(given: dict[str, Any]) -> None:
+def refuse_forward_mode(*given: Operands | NewTokens) -> None:
     """torch.library's operators drop tangents in silence; raise instead of returning zeros."""
     if forward_ad._current_level < 0:
         return
-    for name, x in given.items():
+    for name, x in ((n, x) for some in given for n, x in zip(some._fields, some, strict=True)):
         if isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None:
             raise NotImplementedError(
                 f"{name} has a forward-mode tangent; flashtile has no jvp. "

@@ -8,6 +8,7 @@ from torch import Tensor
 from flashtile import checks
 from flashtile.backends.cache import NewTokens
 from flashtile.problem import FLOATING, UNBOUNDED, Call
+from flashtile.quantize import scaled_by_token
 
 
 def check_appendable(
@@ -22,7 +23,7 @@ def check_appendable(
             )
         checks.is_writable(name, cache)
     for name, scale in (("k_descale", k_descale), ("v_descale", v_descale)):
-        if isinstance(scale, Tensor) and scale.dim() == 3:
+        if isinstance(scale, Tensor) and scaled_by_token(scale, k_cache, k_cache.shape[0]):
             checks.is_writable(name, scale)
             if k_descale is v_descale:
                 raise ValueError("k_descale and v_descale are one tensor; tokens have two scales")

@@ -19,6 +19,8 @@ UNDERSTOOD = frozenset({"softmax_scale", "window_left", "window_right", "determi
                         "num_splits", "split_size", "latent"})  # fmt: skip
 """Scalars that `can` looks at, or that change no result here. Any other must be its default."""
 
+_DEFAULTS = tuple((n, x) for n, x in Variant._field_defaults.items() if n not in UNDERSTOOD)
+
 
 def can(call: Call, segment: Segment) -> bool:
     """Whether the kernel computes exactly this segment."""
@@ -27,11 +29,7 @@ def can(call: Call, segment: Segment) -> bool:
         q.device.type == "cpu"
         and q.dtype == k.dtype
         and all(x is None for x in features)
-        and all(
-            getattr(variant, name) == default
-            for name, default in Variant._field_defaults.items()
-            if name not in UNDERSTOOD
-        )
+        and all(getattr(variant, name) == default for name, default in _DEFAULTS)
         and variant.softmax_scale > 0.0  # it scales masked scores too: -inf * 0 is NaN
         and variant.window_left == UNBOUNDED
         and (variant.window_right == UNBOUNDED or _causal_square(variant.window_right, segment))

@@ -125,9 +125,7 @@ def key_maps(
 ) -> tuple[Sequences, list[TensorDescriptor]]:
     """The keys' sequences, and maps of k and v."""
     k, v = call.operands[1:3]
-    rows, widths = tile.block_n, (tile.padded, tile.padded_v)
-    if isinstance(tile, HopperDecodeTile):
-        widths = tile.stored, tile.stored
+    rows, widths = tile.block_n, tile.widths
     if not call.held:
         return seq, _maps(ragged_k(call), rows, (k, widths[0]), (v, widths[1]))
     steps = Steps.of(k)

@@ -288,11 +288,7 @@ def result_unit(TILE: gl.constexpr):
 def modify(s, variant, tile, first_k, TILE: gl.constexpr):
     """Score mods and masks of the block of keys from first_k on; masks where it is not seen as a
     whole by all rows."""
-    KEYS: gl.constexpr = TILE.block_n // WARPS
-    layout: gl.constexpr = product()
-    at = tile.at
-    k_idx = gl.arange(0, WARPS, along(0, layout))[:, None, None] * KEYS
-    k_idx += gl.arange(0, KEYS, along(1, layout))[None, :, None] + first_k
+    at, k_idx = tile.at, block_keys(first_k, TILE)[:, :, None]
     here = At(at.batch, at.head, at.first_q, first_k, at.q_idx, k_idx, at.q, at.k)
     s = apply_score_mods(variant.score_mods, s, here)
     if (first_k < narrow(tile.full_lo)) | (first_k + TILE.block_n > narrow(tile.full_hi)):

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flashtile import checks
 from flashtile.rotary import rotate
 
 
@@ -92,8 +93,7 @@ def apply_rotary_emb_qkv_(
     num_heads_q + 2 * kv_heads, head_dim). cos_k and sin_k are k's tables where they differ.
     """
     if qkv.dim() == 5:
-        if qkv.shape[2] != 3:
-            raise ValueError(f"qkv has shape {tuple(qkv.shape)}; dimension 2 must be 3")
+        checks.packed("qkv", qkv, 5, 3)
         q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
     elif num_heads_q is not None:
         if num_heads_q > qkv.shape[2] or (qkv.shape[2] - num_heads_q) % 2:
@@ -125,8 +125,7 @@ def apply_rotary_emb_kv_(
     seqlen_offsets: int | Tensor = 0,
 ) -> Tensor:
     """Rotate k of a packed kv (batch, seqlen, 2, kv_heads, head_dim) in place."""
-    if kv.shape[2] != 2:
-        raise ValueError(f"kv has shape {tuple(kv.shape)}; dimension 2 must be 2")
+    checks.packed("kv", kv, 5, 2)
     k, v = kv[:, :, 0], kv[:, :, 1]
     turned = apply_rotary_emb(k, cos, sin, interleaved, seqlen_offsets=seqlen_offsets)
     result = torch.stack((turned, v), dim=2) if turned.requires_grad else kv
