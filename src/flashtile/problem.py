@@ -310,6 +310,8 @@ def window_sides(window_size: tuple[int | None, int | None], causal: bool) -> tu
     """FlashAttention's `window_size` and `causal` as (left, right), -1 where unbounded."""
     if not isinstance(window_size, tuple | list) or len(window_size) != 2:
         raise TypeError(f"window_size is {window_size!r}; it must be a pair (left, right)")
+    if any(isinstance(side, float) for side in window_size):
+        raise TypeError(f"window_size is {window_size!r}; its sides must be ints or None")
     left, right = (UNBOUNDED if side is None else int(side) for side in window_size)
     return left, 0 if causal and right >= UNBOUNDED else right
 

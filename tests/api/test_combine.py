@@ -54,6 +54,16 @@ def test_dtype_and_out() -> None:
     torch.testing.assert_close(out, whole)
 
 
+def test_an_out_of_the_wrong_kind_is_named() -> None:
+    outs, lses, whole, _ = _parts(3)
+    with pytest.raises(TypeError, match=r"out is a list; it must be a torch\.Tensor"):
+        flash_attn_combine(outs, lses, [whole])  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"out has dtype torch\.int32; it must be floating"):
+        flash_attn_combine(outs, lses, whole.int())
+    with pytest.raises(ValueError, match=r"out is torch.float32 of shape \(1,\); it must be"):
+        flash_attn_combine(outs, lses, torch.zeros(1))
+
+
 def test_gradients() -> None:
     outs, lses, _, _ = _parts(3)
     outs, lses = outs[..., :2].double().requires_grad_(), lses.double().requires_grad_()

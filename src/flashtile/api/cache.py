@@ -243,6 +243,8 @@ def flash_attn_combine(
         )
     if out_partial.shape[0] == 0:
         raise ValueError("out_partial has 0 splits; it must have at least 1")
+    if out is not None:
+        _check_merged(out, out_partial, out_dtype)
     dtype = torch.promote_types(out_partial.dtype, torch.float32)
     # An empty union has lse -inf: its parts weigh 0, not exp(-inf + inf), in the gradients too.
     given = lse_partial.to(dtype)
@@ -255,9 +257,15 @@ def flash_attn_combine(
     merged = (weights.unsqueeze(-1) * parts).sum(0)
     if out is None:
         return merged.to(out_dtype or out_partial.dtype), lse
-    if out.shape != merged.shape or (out_dtype is not None and out.dtype != out_dtype):
+    return out.copy_(merged), lse
+
+
+def _check_merged(out: Tensor, out_partial: Tensor, out_dtype: torch.dtype | None) -> None:
+    checks.is_tensor("out", out)
+    if out.dtype not in FLOATING:
+        raise TypeError(f"out has dtype {out.dtype}; it must be floating")
+    if out.shape != out_partial.shape[1:] or (out_dtype is not None and out.dtype != out_dtype):
         raise ValueError(
             f"out is {out.dtype} of shape {tuple(out.shape)}; it must be "
-            f"{out_dtype or out.dtype} of shape {tuple(merged.shape)}"
+            f"{out_dtype or out.dtype} of shape {tuple(out_partial.shape[1:])}"
         )
-    return out.copy_(merged), lse
