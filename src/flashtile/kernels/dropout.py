@@ -15,6 +15,10 @@ from flashtile.kernels.masks import At
 from flashtile.kernels.numbers import number
 from flashtile.kernels.schedule import block_start
 
+PHILOX = tl.constexpr(0xD256D193)
+WEYL = tl.constexpr(0x9E3779B9)
+"""What Philox-2x32 multiplies by, and what its key grows by."""
+
 INFINITY = 0x7C00
 """Of fp16, as bits: the largest threshold of the functions that are NVIDIA's own."""
 
@@ -116,12 +120,12 @@ class Dropout(NamedTuple):
 
 
 @triton.jit
-def philox(multiply, c0, c1, key):
+def philox(multiply, c0, c1, key, ROUNDS: tl.constexpr = 6):
     """Philox-2x32-6, uint32 words."""
-    for _ in tl.static_range(6):
-        high, low = multiply(c0, 0xD256D193)
+    for _ in tl.static_range(ROUNDS):
+        high, low = multiply(c0, PHILOX)
         c0, c1 = high ^ c1 ^ key, low
-        key += 0x9E3779B9
+        key += WEYL
     return c0, c1
 
 
@@ -140,11 +144,14 @@ def draw_two_words(dropout, at, q_groups, k_groups):
     start, key = philox(multiply, u ^ head, v, (offset >> 32).to(tl.uint32))
     first_q, first_k = tl.cast(at.first_q // 2, tl.uint32), tl.cast(at.first_k // 4, tl.uint32)
     c0 = q_groups % 8 + (start + first_q) + q_groups // 8 * 8
-    # A sum without carries, since the tile's first key is a multiple of its keys: Philox takes the
-    # exclusive or of this word, which goes with its own.
-    c1 = k_groups % 4 ^ first_k ^ k_groups // 4 * 4
+    # A sum without carries, since the tile's first key is a multiple of its keys: the first round
+    # takes the exclusive or of this word, and what blocks differ by comes behind the product, or
+    # dQ's loop would put each block's word together.
+    c1 = k_groups % 4 ^ first_k
     zero = q_groups * 0 + k_groups * 0
-    return philox(dropout.multiply, c0 + zero, c1 + zero, key)
+    high, low = dropout.multiply(c0 + zero, PHILOX)
+    c0 = high ^ c1 ^ key ^ k_groups // 4 * 4
+    return philox(dropout.multiply, c0, low, key + WEYL, 5)
 
 
 @triton.jit
