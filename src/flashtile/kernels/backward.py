@@ -189,6 +189,10 @@ def key_gradient(grads, k, v, q, saved, q_seq, at, schedule, variant, scale,
     # by one: dK and dV at head dim 64 4.60 -> 4.34 ms, with dropout 6.07 -> 5.71 (H200, causal
     # 16k, 32 heads). Wider gradients leave no registers for it.
     EARLY: tl.constexpr = TILE.padded + TILE.padded_v <= 128
+    # With dropout all that does not need dP is done before it takes 32 registers: behind it ptxas
+    # has none left, waits for exponentials one by one, and puts P for dV where dP was, so that dV
+    # waits for dS. Here dV starts ahead of dP, and of dS one FMA is left behind.
+    DV_FIRST: tl.constexpr = EARLY and len(variant.dropouts) > 0
     q_base = tokens(q, q_seq, at.q, at.head)
     do_base = tokens(saved.dout, q_seq, at.q, at.head)
     words = draw_keys_by_queries(variant, schedule, 0, at, PART, TILE)
@@ -202,19 +206,24 @@ def key_gradient(grads, k, v, q, saved, q_seq, at, schedule, variant, scale,
         s = tl.dot(k, queries.T, input_precision=TILE.precision)
         do = load_tile(saved.dout, do_base, q_seq, at.q, first, FULL, BLOCK_M, TILE.dim_v,
                        TILE.padded_v)  # fmt: skip
-        dp = tl.dot(v, do.T, input_precision=TILE.precision)
+        if not DV_FIRST:
+            dp = tl.dot(v, do.T, input_precision=TILE.precision)
         if not EARLY:
             lse2, delta = load_row_numbers(saved, variant, at, rows, first, FULL, BLOCK_M)
         p, slope = recompute(s, lse2[None, :], here, variant, scale, FULL)
-        kept = p.to(do.dtype)
+        kept = p if DV_FIRST else p.to(do.dtype)
         numbers = ()
         if len(words) > 0:
             numbers = (numbers_keys_by_queries(variant.dropouts[0], words, TILE.block_m,
                                                TILE.block_n),)  # fmt: skip
             kept = drop(variant.dropouts[0], kept, numbers[0])
         # Before dS, so that the tensor cores are busy while it is computed.
-        dv = tl.dot(kept, do, grads.v, input_precision=TILE.precision)
-        ds = score_gradient(p, slope, dp, delta[None, :], variant, numbers)
+        dv = tl.dot(kept.to(do.dtype), do, grads.v, input_precision=TILE.precision)
+        if DV_FIRST:
+            dp = tl.dot(v, do.T, input_precision=TILE.precision)
+            ds = (kept * dp - p * delta[None, :]) * slope
+        else:
+            ds = score_gradient(p, slope, dp, delta[None, :], variant, numbers)
         dk = tl.dot(ds.to(queries.dtype), queries, grads.k, input_precision=TILE.precision)
         words = draw_keys_by_queries(variant, schedule, i + 1, at, PART, TILE)
         grads = KeyGradients(dk, dv)

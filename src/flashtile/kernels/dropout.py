@@ -51,12 +51,32 @@ def zero_below(p, numbers, least):
 
 @triton.jit
 def zero_below_in_pairs(p, numbers, least):
-    """The same for 16-bit p, two in two instructions, by the magnitudes of fp16 numbers."""
+    """The same by the magnitudes of fp16 numbers: one comparison for two, and for two of 16-bit p
+    one instruction more."""
+    if p.dtype.primitive_bitwidth == 32:
+        return select_in_pairs(p, numbers, least)
     return tl.inline_asm_elementwise(
         "{.reg .b32 n; abs.f16x2 n, $2; set.geu.u32.f16x2 n, n, $3; and.b32 $0, $1, n;}",
         "=r,r,r,r",
         [p, numbers, least],
         dtype=p.dtype,
+        is_pure=True,
+        pack=2,
+    )
+
+
+@triton.jit
+def select_in_pairs(p, numbers, least):
+    """zero_below for fp32 p."""
+    return tl.inline_asm_elementwise(
+        """{
+        .reg .pred k, l; .reg .b32 n;
+        abs.f16x2 n, $4; setp.geu.f16x2 k|l, n, $5;
+        selp.f32 $0, $2, 0f00000000, k; selp.f32 $1, $3, 0f00000000, l;
+        }""",
+        "=&r,=&r,r,r,r,r",
+        [p, numbers, least],
+        dtype=tl.float32,
         is_pure=True,
         pack=2,
     )
@@ -266,10 +286,7 @@ def least_number(dropout):
 @triton.jit
 def drop(dropout, p, numbers):
     """p where it is kept, 0 elsewhere."""
-    if p.dtype.primitive_bitwidth == 16:
-        return dropout.zero_below(p, numbers, least_number(dropout))
-    else:
-        return zero_below(p, numbers, least_number(dropout))
+    return dropout.zero_below(p, numbers, least_number(dropout))
 
 
 @triton.jit
