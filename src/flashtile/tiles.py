@@ -239,13 +239,13 @@ _BETTER: dict[tuple[str, str, int, str], _Numbers] = {
     # Three loops with documents, softcap and ALiBi: 372 bytes of spills, 596 with three stages.
     ("sm_90", "dkdv", 1, "masked scores"): (64, 128, 8, 2),
     # Causal at 16k, dropout 0.1, ms: forward d64 3.13 (3.30 with 128 x 128 and eight warps), d128
-    # 2.41 (2.48 with 64 keys); dq d64 3.34 (3.48 with 128 x 64 and eight warps); dkdv d64 5.66 (6.2
-    # with 32 queries at 168 registers), d128 4.28 (4.41 with two stages). Tiles of 128 x 128 leave
-    # no shared memory to read a mask through.
+    # 2.41 (2.48 with 64 keys); dq d64 3.87 (4.0 with 32 or 128 keys, 4.1 with 128 queries and eight
+    # warps); dkdv d64 5.62 (5.71 with three stages, 5.88 with 32 queries at 168 registers), d128
+    # 4.28 (4.41 with two stages). Tiles of 128 x 128 leave no shared memory to read a mask through.
     ("sm_90", "forward", 0, "dropout"): (64, 128, 4, 3),
     ("sm_90", "forward", 1, "dropout"): (128, 128, 8, 3),
-    ("sm_90", "dq", 0, "dropout"): (64, 64, 4, 3, 168),
-    ("sm_90", "dkdv", 0, "dropout"): (64, 64, 4, 3),
+    ("sm_90", "dq", 0, "dropout"): (64, 64, 4, 2, 168),
+    ("sm_90", "dkdv", 0, "dropout"): (64, 64, 4, 2),
     ("sm_90", "dkdv", 1, "dropout"): (64, 128, 8, 3),
     ("sm_90", "forward", 0, "masked dropout"): (64, 64, 4, 3),
     ("sm_90", "dq", 0, "masked dropout"): (64, 32, 4, 3),
