@@ -65,13 +65,12 @@ class KeyGradients(NamedTuple):
 
 @triton.jit
 def recompute(s, lse2, at, variant, scale, FULL: tl.constexpr):
-    """The probabilities of a block from its raw scores, and the derivative of the score mods; lse2
-    broadcasts to the block."""
-    s, slope = apply_with_slope(variant.score_mods, s, at)
+    """The probabilities of a block from scores that have passed the score mods; lse2 broadcasts to
+    the block."""
     p = tl.math.exp2(s * scale.log2 - lse2)
     if not FULL:
         p = tl.where(visible(variant.masks, at), p, 0.0)
-    return p, slope
+    return p
 
 
 @triton.jit
@@ -126,9 +125,11 @@ def query_gradient(dq, rows, k, v, k_seq, at, schedule, variant, scale,
         here = At(at.batch, at.head, at.first_q, first, at.q_idx, first + at.k_idx, at.q, at.k)
         keys = load_tile(k, k_base, k_seq, at.k, first, FULL, BLOCK_N, TILE.dim, TILE.padded)
         s = tl.dot(rows.q, keys.T, input_precision=TILE.precision)
+        # Before dP's product, which exponentials hide.
+        s, slope = apply_with_slope(variant.score_mods, s, here)
         values = load_tile(v, v_base, k_seq, at.k, first, FULL, BLOCK_N, TILE.dim_v, TILE.padded_v)
         dp = tl.dot(rows.do, values.T, input_precision=TILE.precision)
-        p, slope = recompute(s, rows.lse2[:, None], here, variant, scale, FULL)
+        p = recompute(s, rows.lse2[:, None], here, variant, scale, FULL)
         numbers = ()
         if len(words) > 0:
             numbers = (numbers_queries_by_keys(words, TILE.block_m, TILE.block_n),)
@@ -204,13 +205,14 @@ def key_gradient(grads, k, v, q, saved, q_seq, at, schedule, variant, scale,
             lse2, delta = load_row_numbers(saved, variant, at, rows, first, FULL, BLOCK_M)
         queries = load_tile(q, q_base, q_seq, at.q, first, FULL, BLOCK_M, TILE.dim, TILE.padded)
         s = tl.dot(k, queries.T, input_precision=TILE.precision)
+        s, slope = apply_with_slope(variant.score_mods, s, here)
         do = load_tile(saved.dout, do_base, q_seq, at.q, first, FULL, BLOCK_M, TILE.dim_v,
                        TILE.padded_v)  # fmt: skip
         if not DV_FIRST:
             dp = tl.dot(v, do.T, input_precision=TILE.precision)
         if not EARLY:
             lse2, delta = load_row_numbers(saved, variant, at, rows, first, FULL, BLOCK_M)
-        p, slope = recompute(s, lse2[None, :], here, variant, scale, FULL)
+        p = recompute(s, lse2[None, :], here, variant, scale, FULL)
         kept = p if DV_FIRST else p.to(do.dtype)
         numbers = ()
         if len(words) > 0:

@@ -16,6 +16,7 @@ from flashtile.kernels.backward import load_query_tile, recompute, rescale, scor
 from flashtile.kernels.dropout import numbers_queries_by_keys, words_queries_by_keys
 from flashtile.kernels.masks import At, key_range
 from flashtile.kernels.numbers import number
+from flashtile.kernels.scores import apply_with_slope
 from flashtile.kernels.views import load_tile, open_sequence, tokens
 
 
@@ -63,7 +64,8 @@ def score_tile_gradient(ds, x, variant, scale, heads, batch, head, first_q, firs
             numbers = (numbers_queries_by_keys(words, BLOCK_M, BLOCK_N),)
         s = tl.dot(own.q, keys.T, input_precision=TILE.precision)
         dp = tl.dot(own.do, values.T, input_precision=TILE.precision)
-        p, slope = recompute(s, own.lse2[:, None], at, variant, scale, False)
+        s, slope = apply_with_slope(variant.score_mods, s, at)
+        p = recompute(s, own.lse2[:, None], at, variant, scale, False)
         ds += score_gradient(p, slope, dp, own.delta[:, None], variant, numbers)
     return ds
 
