@@ -14,7 +14,7 @@ from flashtile.backends.launch import Launch, processors, run
 from flashtile.backends.operands import as_bytes, row_view, token_view
 from flashtile.backends.replays import empty, make, workspace
 from flashtile.decode_tiles import DecodeConfig
-from flashtile.kernels import combine, widen
+from flashtile.kernels import combine, shares, widen
 from flashtile.kernels import decode as kernels
 from flashtile.kernels.config import DecodeTile
 from flashtile.kernels.numbers import opaque
@@ -124,10 +124,10 @@ def _work(
     slots = 2 * grid
     if variant.split_size:
         size = min(-(-variant.split_size // tile.block_n), max(1, blocks))
-        cut = kernels.cut_every
+        cut = shares.cut_every
         parts = -(-blocks // size)
     elif variant.num_splits:
-        cut, size = kernels.cut_in, variant.num_splits
+        cut, size = shares.cut_in, variant.num_splits
         parts = min(blocks, size)
     if cut is not None and size is not None:
         slots = _tiles(call, tile.block_m) * max(1, parts)

@@ -10,9 +10,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from flashtile.kernels.decode import Rows, row_work, store_rows, tile_rows
+from flashtile.kernels.decode import Rows, store_rows, tile_rows
 from flashtile.kernels.forward import Softmax
 from flashtile.kernels.numbers import number
+from flashtile.kernels.shares import row_work
 from flashtile.kernels.views import open_sequence
 from flashtile.kernels.widen import nothing
 

@@ -21,6 +21,7 @@ from flashtile.kernels.forward import Softmax
 from flashtile.kernels.masks import At, key_range, visible
 from flashtile.kernels.numbers import LN2, LOG2E, number
 from flashtile.kernels.scores import apply_score_mods
+from flashtile.kernels.shares import count_units, find_row, rounded, row_work
 from flashtile.kernels.views import (
     TokenView,
     inside,
@@ -72,81 +73,11 @@ class Work(NamedTuple):
     prefix: Any = None  # Prefix that all queries have seen besides, or None
 
 
-class Row(NamedTuple):
-    """The work of one sequence, or of a vector of them."""
-
-    blocks: Any  # of keys, of each tile
-    first: Any  # the first of them
-    cut: Any  # blocks of a unit
-    units: Any  # of each tile
-    q_tiles: Any  # tiles of a KV head
-
-
 class Rows(NamedTuple):
     """The rows of a tile."""
 
     token: Any  # (BLOCK_M,) index in the sequence
     head: Any  # (BLOCK_M,) query head
-
-
-@triton.jit
-def cut_in(blocks, size):
-    """Blocks of a part, for at most `size` parts."""
-    return tl.maximum(tl.cdiv(blocks, size), 1)
-
-
-@triton.jit
-def cut_every(blocks, size):
-    """Blocks of a part, for parts of `size` blocks."""
-    return blocks * 0 + size
-
-
-@triton.jit
-def row_work(q_span, k_span, masks, heads, work, TILE: tl.constexpr):
-    """What there is to do for a sequence; no units where its queries see no key. The first and last
-    of its queries bound the keys of all its tiles."""
-    BLOCK_N: tl.constexpr = TILE.block_n
-    seen = key_range(masks, 0, q_span.length - 1, q_span, k_span)
-    first = seen.lo // BLOCK_N
-    blocks = tl.maximum(tl.cdiv(seen.hi, BLOCK_N) - first, 0)
-    cut = 1
-    if work.cut is not None:
-        cut = work.cut(blocks, number(work.size))
-    q_tiles = tl.cdiv(q_span.length * number(heads.group), TILE.block_m)
-    return Row(blocks, first, cut, tl.cdiv(blocks, cut), q_tiles)
-
-
-@triton.jit
-def units_from(first, q_seq, k_seq, masks, heads, work, TILE: tl.constexpr):
-    """(SCAN,) int64 units of sequences first, first + 1, ...; 0 past the last."""
-    batches = number(q_seq.batch)
-    idx = first + tl.arange(0, TILE.scan)
-    batch = tl.minimum(idx, batches - 1)
-    q_span, k_span = open_sequence(q_seq, batch), open_sequence(k_seq, batch)
-    row = row_work(q_span, k_span, masks, heads, work, TILE)
-    tiles = tl.cast(row.q_tiles, tl.int64) * number(work.kv_heads)
-    return tl.where(idx < batches, tiles * row.units, 0)
-
-
-@triton.jit
-def count_units(q_seq, k_seq, masks, heads, work, TILE: tl.constexpr):
-    total = tl.program_id(0).to(tl.int64) * 0
-    for first in range(0, number(q_seq.batch), TILE.scan):
-        total += tl.sum(units_from(first, q_seq, k_seq, masks, heads, work, TILE), 0)
-    return total
-
-
-@triton.jit
-def find_row(unit, q_seq, k_seq, masks, heads, work, TILE: tl.constexpr):
-    """(sequence, its first unit) of a unit: the sequences that end at or before it, counted."""
-    batch, start, before = tl.program_id(0) * 0, unit * 0, unit * 0
-    for first in range(0, number(q_seq.batch), TILE.scan):
-        units = units_from(first, q_seq, k_seq, masks, heads, work, TILE)
-        ends = before + tl.cumsum(units, 0)
-        batch += tl.sum((ends <= unit).to(tl.int32), 0)
-        start = tl.maximum(start, tl.max(tl.where(ends <= unit, ends, 0), 0))
-        before += tl.sum(units, 0)
-    return batch, start
 
 
 @triton.jit
@@ -340,8 +271,10 @@ def attention_decode(q, k, v, out, lse, q_seq, k_seq, variant, sink, scale, head
     the others."""
     BLOCK_N: tl.constexpr = TILE.block_n
     program = tl.program_id(0).to(tl.int64)
-    total = count_units(q_seq, k_seq, variant.masks, heads, work, TILE)
+    total, longest = count_units(q_seq, k_seq, variant.masks, heads, work, TILE)
     share = tl.cdiv(total, number(work.programs))
+    if work.cut is None:
+        share = rounded(share, longest)
     unit, row_end = program * share, program * 0
     start, batch = row_end, tl.program_id(0) * 0
     stop = tl.minimum(unit + share, total)
