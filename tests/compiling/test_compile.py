@@ -126,18 +126,22 @@ from flashtile.problem import describe
 call = build(Case("decode", "bfloat16", 128, 128))
 chosen = plan(replace(describe(call), device="cuda"), Device("cuda", "sm_90", True))
 out, lse = torch.empty_like(call.operands.q), torch.empty(call.lse_shape, device="meta")
-for launch in decode.launches(call, chosen, out, lse, (out.float(), lse)):
-    print(compile_launch(launch, "sm_90")[0].metadata.name)
+cut = call._replace(variant=call.variant._replace(num_splits=2))
+for given in (call, cut):
+    for launch in decode.launches(given, chosen, out, lse, (out.float(), lse)):
+        print(compile_launch(launch, "sm_90")[0].metadata.name)
 """
 
 
 def test_decoding_after_a_prefix_compiles(tmp_path: Path) -> None:
-    """No call has one by itself, so that no case does."""
+    """No call has one by itself, so that no case does. Parts that are given are merged in a launch
+    of their own."""
     program = tmp_path / "program.py"
     program.write_text(PREFIX)
     done = _run(tmp_path, str(program))
 
-    assert done.stdout.split() == ["attention_decode", "combine_parts"], done.stderr
+    both = ["attention_decode", "combine_parts"]
+    assert done.stdout.split() == [both[0], *both], done.stderr
 
 
 WIDE_BOUNDS = """

@@ -62,13 +62,15 @@ def _cache(lengths: tuple[int, ...], capacity: int, page: int = 0, **changes: An
     return caches, keywords
 
 
-def _assert_right(q: Tensor, caches: list[Tensor], keywords: dict[str, Any]) -> Tensor:
+def _assert_right(
+    q: Tensor, caches: list[Tensor], keywords: dict[str, Any], launches: int = 2
+) -> Tensor:
     fences = [fence(x) for x in caches]
     with patch.object(decode, "run", wraps=decode.run) as launched:
         out, lse = flash_attn_with_kvcache(
             q, *(guard.tensor for guard in fences), **keywords, return_softmax_lse=True
         )
-    assert launched.call_count == 2
+    assert launched.call_count == launches
     ignored = {n: x for n, x in keywords.items() if n not in ("num_splits", "split_size")}
     golden, _, _ = reference.attention_with_kvcache(q, *caches, **ignored)
     eager, _, _ = reference.attention_with_kvcache(q, *caches, **ignored, dtype=None)
@@ -114,6 +116,26 @@ def test_any_number_of_programs(config: DecodeConfig, lengths: tuple[int, ...]) 
     caches, keywords = _cache(lengths, 150)
     with _dealt_to(config):
         _assert_right(torch.randn(len(lengths), 3, HEADS, DIM), caches, keywords | {"causal": True})
+
+
+@pytest.mark.parametrize("programs", [1, 7, 21])
+@pytest.mark.parametrize("lengths", [(150,), (90, 0, 0, 0, 0, 0, 17), (0, 0, 0), (16, 32, 48, 1)])
+def test_the_last_part_of_a_tile_merges(
+    monkeypatch: pytest.MonkeyPatch, lengths: tuple[int, ...], programs: int
+) -> None:
+    """In the same launch, which leaves its counters cleared for the next one."""
+    counter = torch.zeros(programs, dtype=torch.int32)
+    tile = decode._tile
+    monkeypatch.setattr(decode, "_tile", lambda *given: replace(tile(*given), alone=True))
+    monkeypatch.setattr(decode, "counters", lambda *_: counter)
+    torch.manual_seed(len(lengths))
+    caches, keywords = _cache(lengths, 150)
+    keywords |= {"causal": True, "learnable_sink": torch.randn(HEADS)}
+    q = torch.randn(len(lengths), 9, HEADS, DIM)
+    with _dealt_to(replace(CONFIG, programs_per_sm=programs)):
+        first = _assert_right(q, caches, keywords, launches=1)
+        assert not counter.any()
+        assert torch.equal(first, _assert_right(q, caches, keywords, launches=1))
 
 
 @pytest.mark.parametrize("splits", [1, 2, 5, 100])

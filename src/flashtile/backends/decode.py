@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,12 +10,13 @@ from torch import Tensor
 
 from flashtile import config as switches
 from flashtile.backends import hopper_decode, operands
+from flashtile.backends.counters import counters
 from flashtile.backends.hopper import MOST_UNIT
 from flashtile.backends.launch import Launch, processors, run
 from flashtile.backends.operands import as_bytes, row_view, token_view
 from flashtile.backends.replays import empty, make, workspace
 from flashtile.decode_tiles import DecodeConfig
-from flashtile.kernels import combine, shares, widen
+from flashtile.kernels import combine, parts, shares, widen
 from flashtile.kernels import decode as kernels
 from flashtile.kernels.config import DecodeTile
 from flashtile.kernels.numbers import opaque
@@ -22,12 +24,18 @@ from flashtile.kernels.views import TokenView
 from flashtile.plan import Plan
 from flashtile.problem import Call
 from flashtile.quantize import scaled_by_token
+from flashtile.tiles import padded_dims
 
 MOST_PROGRAMS = 2**20
 """Of a launch whose parts the caller has fixed; with more parts a program does several."""
 
 COMBINES = 8
 """Programs of the second launch that a multiprocessor has at least."""
+
+MOST_ALONE = 40 * 1024
+"""Elements of a tile's parts that one program merges, 4,096 at a time, each as long as it takes to
+come from L2. More are merged by all, in a second launch: those of a sequence with one KV head are
+264 where one with eight has 33 of each."""
 
 SCANS = (32, 1024)
 """Sequences that a program looks at together: the first that holds the batch, or the last."""
@@ -65,32 +73,31 @@ def launches(
     out: Tensor,
     lse: Tensor,
     prefix: tuple[Tensor, Tensor] | None = None,
-) -> tuple[Launch, Launch]:
-    """The attention, and the merge of what it had to split."""
+) -> tuple[Launch, ...]:
+    """The attention, and the merge of what it had to split where a program does not do it alone."""
     if plan.decode is None:
         raise ValueError(f"plan.decode is None; the plan is for the {plan.backend} backend")
     config, a = plan.decode, operands.arguments(call)
-    tile = _tile(call, config)
+    tile = _tile(call, config, plan.nvidia)
     variant, sink = operands.variant(call, plan.nvidia), call.operands.learnable_sink
     if call.quantized:
         a = a._replace(k=_bytes(a.k.ptr), v=_bytes(a.v.ptr))
     grid, work = _work(call, config, tile, plan.nvidia)
     if prefix is not None:
-        work = work._replace(prefix=kernels.Prefix(prefix[0], row_view(prefix[1])))
+        work = work._replace(prefix=parts.Prefix(prefix[0], row_view(prefix[1])))
     results = token_view(out), row_view(lse)
+    attention = Launch(
+        kernels.attention_decode, grid,
+        (a.q, a.k, a.v, *results, a.q_seq, a.k_seq, variant, sink, a.scale, a.heads, work, tile),
+        config.num_warps, config.num_stages,
+        max_registers=config.max_registers if plan.nvidia else None,
+    )  # fmt: skip
+    if tile.alone:
+        return (attention,)
     merges = max(grid, COMBINES * processors(call.operands.q.device))
-    return (
-        Launch(
-            kernels.attention_decode, grid,
-            (a.q, a.k, a.v, *results, a.q_seq, a.k_seq, variant, sink, a.scale, a.heads, work,
-             tile),
-            config.num_warps, config.num_stages,
-            max_registers=config.max_registers if plan.nvidia else None,
-        ),
-        Launch(
-            combine.combine_parts, merges,
-            (*results, a.q_seq, a.k_seq, variant.masks, sink, a.heads, work, tile),
-        ),
+    return attention, Launch(
+        combine.combine_parts, merges,
+        (*results, a.q_seq, a.k_seq, variant.masks, sink, a.heads, work, tile),
     )  # fmt: skip
 
 
@@ -99,8 +106,11 @@ def _bytes(x: Tensor) -> TokenView:
     return token_view(make(as_bytes, x))
 
 
-def _tile(call: Call, config: DecodeConfig) -> DecodeTile:
+def _tile(call: Call, config: DecodeConfig, nvidia: bool) -> DecodeTile:
     q, k, v = call.operands[:3]
+    parted = bool(call.variant.split_size or call.variant.num_splits)
+    several = config.programs_per_sm * processors(q.device) // k.shape[-2] + 1  # of one sequence
+    elements = several * _rows(call, config.block_m) * padded_dims(v.shape[-1], v.shape[-1])[1]
     k_scale, v_scale = call.operands.k_descale, call.operands.v_descale
     return DecodeTile(
         config.block_m, config.block_n, q.shape[-1], v.shape[-1],
@@ -110,6 +120,8 @@ def _tile(call: Call, config: DecodeConfig) -> DecodeTile:
         scaled_keys=scaled_by_token(k_scale, k, call.batch),
         scaled_values=scaled_by_token(v_scale, v, call.batch),
         latent=call.variant.latent, pairs=call.quantized,
+        # A merge in registers that are bounded spills in the loop over keys.
+        alone=nvidia and not parted and config.max_registers is None and elements <= MOST_ALONE,
     )  # fmt: skip
 
 
@@ -125,25 +137,34 @@ def _work(
     if variant.split_size:
         size = min(-(-variant.split_size // tile.block_n), max(1, blocks))
         cut = shares.cut_every
-        parts = -(-blocks // size)
+        cuts = -(-blocks // size)
     elif variant.num_splits:
         cut, size = shares.cut_in, variant.num_splits
-        parts = min(blocks, size)
+        cuts = min(blocks, size)
     if cut is not None and size is not None:
-        slots = _tiles(call, tile.block_m) * max(1, parts)
+        slots = _tiles(call, tile.block_m) * max(1, cuts)
         grid = at_once * -(-min(MOST_PROGRAMS, slots) // at_once)
-    rows = min(tile.block_m, call.seqlen_q * q.shape[-2] // kv_heads)
+    rows = _rows(call, tile.block_m)
     shape = slots, rows
+    counter = None
+    if tile.alone:
+        counter = make(partial(counters, q.device.type, q.get_device(), grid))
     return grid, kernels.Work(
         opaque(grid), opaque(kv_heads), opaque(rows),
-        kernels.Parts(*workspace(
+        parts.Parts(*workspace(
             q, (shape, torch.float32), (shape, torch.float32),
             ((*shape, tile.padded_v), torch.float32), ((slots, 4), torch.int32),
             ((1,), torch.int64),
-        )),
+        ))._replace(counter=counter),
         cut, None if size is None else opaque(size),
         _widening(call, nvidia),
     )  # fmt: skip
+
+
+def _rows(call: Call, block_m: int) -> int:
+    """Of a tile, that may hold a query."""
+    q, kv_heads = call.operands.q, call.operands.k.shape[-2]
+    return min(block_m, call.seqlen_q * q.shape[-2] // kv_heads)
 
 
 def _widening(call: Call, nvidia: bool) -> Any:

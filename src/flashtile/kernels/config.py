@@ -44,6 +44,7 @@ class DecodeTile(Tile):
     scaled_values: bool = False
     latent: bool = False  # V is the first dims of K, and read with them
     pairs: bool = False  # K and V are e4m3, read two dims at a time
+    alone: bool = False  # the last program that leaves a part of a tile merges them
 
     @property
     def main(self) -> int:

@@ -5,7 +5,8 @@ keys are read once (grouped-query attention as a matrix product). Tiles times bl
 the work; each program of a fixed grid finds its equal share of it from the lengths themselves, so
 that an empty row costs nothing, a long one among short ones is spread over the whole GPU, and a
 captured graph replays with other lengths. A tile that one program had all keys of is written by it;
-else programs leave partial states, which `combine` merges in the order of the keys.
+else programs leave partial states, which are merged in the order of the keys: those of few rows by
+the last program that leaves one, others by `combine`.
 
 Dao et al., "Flash-Decoding" (2023); shares of a common sum: Osama et al., "Stream-K" (2023).
 """
@@ -17,16 +18,22 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from flashtile.kernels.forward import Softmax
 from flashtile.kernels.masks import At, key_range, visible
-from flashtile.kernels.numbers import LN2, LOG2E, number
+from flashtile.kernels.numbers import number
+from flashtile.kernels.parts import (
+    Parts,
+    clear_rest,
+    merge_last,
+    store_part,
+    store_record,
+    store_rows,
+    tile_rows,
+)
 from flashtile.kernels.scores import apply_score_mods
 from flashtile.kernels.shares import count_units, find_row, rounded, row_work
 from flashtile.kernels.views import (
-    TokenView,
     inside,
     open_sequence,
-    row_pointers,
     scales_at,
     shared_scale,
     tokens,
@@ -42,23 +49,6 @@ from flashtile.kernels.widen import (
 )
 
 
-class Parts(NamedTuple):
-    """States of tiles whose keys several programs had; all contiguous."""
-
-    m: Any  # (slots, rows) fp32, log2 units
-    l: Any  # (slots, rows) fp32
-    acc: Any  # (slots, rows, PADDED_V) fp32
-    tiles: Any  # (records, 4) int32: batch, tile in it, how many parts (0: none), unused
-    count: Any  # (1,) int64, how many records there are
-
-
-class Prefix(NamedTuple):
-    """What attention to keys before those of all sequences gave."""
-
-    out: Any  # fp32, strides of the result
-    lse: Any  # RowView
-
-
 class Work(NamedTuple):
     """How work is dealt out. A unit is a block of keys of a tile, or with `cut` a part of a tile's
     keys that one program has, whatever else is in the batch."""
@@ -71,21 +61,6 @@ class Work(NamedTuple):
     size: Any = None  # opaque
     widen: Any = None  # function of (tile, dtype): (even, odd) dims of e4m3, with `TILE.pairs`
     prefix: Any = None  # Prefix that all queries have seen besides, or None
-
-
-class Rows(NamedTuple):
-    """The rows of a tile."""
-
-    token: Any  # (BLOCK_M,) index in the sequence
-    head: Any  # (BLOCK_M,) query head
-
-
-@triton.jit
-def tile_rows(tile, q_tiles, heads, BLOCK_M: tl.constexpr):
-    """Tokens and heads of a tile's rows: heads of a KV head innermost."""
-    group = number(heads.group)
-    row = tile % q_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
-    return Rows(row // group, tile // q_tiles * group + row % group)
 
 
 @triton.jit
@@ -211,57 +186,17 @@ def attend_keys(q, k, v, q_seq, k_seq, rows, at, begin, end, kv_head, variant, s
 
 
 @triton.jit
-def join_prefix(state, prefix, out, q_seq, span, rows, TILE: tl.constexpr):
-    """The state with a prefix's: its result is the value of one key whose score is its lse."""
-    there, dims = rows.token < span.length, tl.arange(0, TILE.padded_v)
-    s = tl.load(row_pointers(prefix.lse, span, rows.head, rows.token), mask=there,
-                other=-float("inf")) * LOG2E  # fmt: skip
-    given = TokenView(prefix.out, out.stride_batch, out.stride_token, out.stride_head, out.far)
-    pointers = tokens(given, q_seq, span, rows.head) + rows.token.to(tl.int64) * out.stride_token
-    value = tl.load(pointers[:, None] + dims[None, :],
-                    mask=there[:, None] & (dims < TILE.dim_v)[None, :], other=0.0)  # fmt: skip
-    m = tl.maximum(state.m, s)
-    anchor = tl.where(m == -float("inf"), 0.0, m)
-    alpha, weight = tl.math.exp2(state.m - anchor), tl.math.exp2(s - anchor)
-    acc = state.acc * alpha[:, None] + weight[:, None] * value
-    return Softmax(m, state.l * alpha + weight, acc)
-
-
-@triton.jit
-def store_rows(out, lse, state, q_seq, span, rows, sink, prefix, TILE: tl.constexpr):
-    """Finish rows and write them, as far as the sequence has room. A prefix joins here, after all
-    keys, and a sink, which is a key without a value."""
-    if prefix is not None:
-        state = join_prefix(state, prefix, out, q_seq, span, rows, TILE)
-    m, l, factor = state.m, state.l, 1.0
-    if sink is not None:
-        logit = tl.load(sink + rows.head).to(tl.float32) * LOG2E
-        m = tl.maximum(m, logit)
-        anchor = tl.where(m == -float("inf"), 0.0, m)
-        factor = tl.math.exp2(state.m - anchor)
-        l = l * factor + tl.math.exp2(logit - anchor)
-    empty = (l == 0.0) | (rows.token >= span.length)
-    factor = tl.where(empty, 0.0, factor / tl.where(empty, 1.0, l))
-    there, dims = rows.token < span.room, tl.arange(0, TILE.padded_v)
-    pointers = tokens(out, q_seq, span, rows.head) + rows.token.to(tl.int64) * out.stride_token
-    tl.store(pointers[:, None] + dims[None, :],
-             (state.acc * factor[:, None]).to(out.ptr.dtype.element_ty),
-             mask=there[:, None] & (dims < TILE.dim_v)[None, :])  # fmt: skip
-    row_lse = tl.where(empty, -float("inf"), (m + tl.math.log2(l)) * LN2)
-    tl.store(row_pointers(lse, span, rows.head, rows.token), row_lse, mask=there)
-
-
-@triton.jit
-def store_part(parts, slot, state, count, TILE: tl.constexpr):
-    """Write the first `count` rows, as many as a slot has."""
-    row = tl.arange(0, TILE.block_m)
-    there = row < count
-    row = slot * count + row
-    tl.store(parts.m + row, state.m, mask=there)
-    tl.store(parts.l + row, state.l, mask=there)
-    dims = tl.arange(0, TILE.padded_v)
-    pointers = parts.acc + row[:, None] * TILE.padded_v + dims[None, :]
-    tl.store(pointers, state.acc, mask=there[:, None])
+def part_keys(row, tile, part, ahead, q_span, k_span, masks, heads, TILE: tl.constexpr):
+    """(first query of a tile, first key, the key after the last) of `ahead` units from `part`."""
+    BLOCK_N: tl.constexpr = TILE.block_n
+    first_row = tile % row.q_tiles * TILE.block_m
+    first_q = first_row // number(heads.group)
+    last_q = (first_row + TILE.block_m - 1) // number(heads.group)
+    last_q = tl.minimum(last_q, q_span.length - 1)
+    seen = key_range(masks, first_q, last_q, q_span, k_span)
+    begin = (row.first + part.to(tl.int32) * row.cut) * BLOCK_N
+    end = tl.minimum(begin + tl.cast(ahead, tl.int32) * row.cut * BLOCK_N, seen.hi)
+    return first_q, tl.maximum(begin, seen.lo // BLOCK_N * BLOCK_N), end
 
 
 @triton.jit
@@ -294,31 +229,28 @@ def attention_decode(q, k, v, out, lse, q_seq, k_seq, variant, sink, scale, head
         ahead = 1 if work.cut is not None else tl.minimum(units - part, stop - unit)
 
         rows = tile_rows(tile, row.q_tiles, heads, TILE.block_m)
-        first_row = tile % row.q_tiles * TILE.block_m
-        first_q = first_row // number(heads.group)
-        last_q = (first_row + TILE.block_m - 1) // number(heads.group)
-        last_q = tl.minimum(last_q, q_span.length - 1)
-        seen = key_range(variant.masks, first_q, last_q, q_span, k_span)
-        begin = (row.first + part.to(tl.int32) * row.cut) * BLOCK_N
-        end = tl.minimum(begin + tl.cast(ahead, tl.int32) * row.cut * BLOCK_N, seen.hi)
-        begin = tl.maximum(begin, seen.lo // BLOCK_N * BLOCK_N)
-
+        first_q, begin, end = part_keys(row, tile, part, ahead, q_span, k_span, variant.masks,
+                                        heads, TILE)  # fmt: skip
         at = At(batch, rows.head[:, None], first_q, 0, rows.token[:, None],
                 tl.arange(0, BLOCK_N)[None, :], q_span, k_span)  # fmt: skip
         state = attend_keys(q, k, v, q_seq, k_seq, rows, at, begin, end, tile // row.q_tiles,
                             variant, scale, work, TILE)  # fmt: skip
-        record = unit if work.cut is not None else program
-        parts = batch * 0
+        record, parts = unit if work.cut is not None else program, batch * 0
         if units == ahead:
             store_rows(out, lse, state, q_seq, q_span, rows, sink, work.prefix, TILE)
         else:
-            slot, several = unit, units
+            slot, leader, several = unit, program, units
             if work.cut is None:
                 slot = 2 * program + (part == 0).to(tl.int64)
-                several = (unit - part + units - 1) // share - program + 1
+                leader = (unit - part) // share
+                several = (unit - part + units - 1) // share - leader + 1
             parts = tl.where(part == 0, several, 0).to(tl.int32)
             store_part(work.parts, slot, state, number(work.rows), TILE)
-        tl.store(work.parts.tiles + 4 * record, batch)
-        tl.store(work.parts.tiles + 4 * record + 1, tile)
-        tl.store(work.parts.tiles + 4 * record + 2, parts)
+            if TILE.alone:
+                merge_last(out, lse, leader, several, tile, row.q_tiles, q_seq, q_span, heads, sink,
+                           work, TILE)  # fmt: skip
+        if not TILE.alone:
+            store_record(work.parts, record, batch, tile, parts)
         unit += ahead
+    if TILE.alone:
+        clear_rest(out, lse, q_seq, k_seq, variant.masks, sink, heads, work, TILE)
