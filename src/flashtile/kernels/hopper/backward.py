@@ -203,6 +203,16 @@ def consume(outputs, side, blocks, places, queue, q_seq, k_seq, variant, scale, 
 
 
 @gluon.jit
+def place_now(blocks, places, i, tile, walk, variant, TILE: gl.constexpr):
+    """Where item i's queries are: their first one, and with a list whether they need masks."""
+    if variant.blocks is None:
+        return row_of(tile, walk, TILE)
+    else:
+        blocks.wait_queries(i)
+        return places.get(i)
+
+
+@gluon.jit
 def consume_tile(outputs, side, blocks, places, queue, tile, n, i, q_seq, k_seq, variant, scale,
                  work, WARPGROUP: gl.constexpr, TILE: gl.constexpr):  # fmt: skip
     """dK and dV of the n-th tile, whose queries are items i, i + 1, ...; the item after them."""
@@ -213,21 +223,23 @@ def consume_tile(outputs, side, blocks, places, queue, tile, n, i, q_seq, k_seq,
     if TILE.wide:
         kept = keep_keys(side, TILE) if TILE.kept > 0 else None
         grads = start_columns(side, kept, blocks, i, steps, WARPGROUP, TILE)
-    else:
-        grads = start_keys(steps, WARPGROUP, TILE)
-    for j in range(steps):
-        if variant.blocks is None:
-            place = row_of(tile, walk, TILE)
-        else:
-            blocks.wait_queries(i + j)
-            place = places.get(i + j)
-        if TILE.wide:
+        for j in range(steps):
+            place = place_now(blocks, places, i + j, tile, walk, variant, TILE)
             grads = wide_step(grads, side, kept, blocks, i + j, j + 1 < steps, keys, walk.head,
                               place, variant, scale.log2, WARPGROUP, TILE)  # fmt: skip
-        else:
-            grads = gradient_step(grads, side, blocks, i + j, j, keys, walk.head, place, variant,
-                                  scale.log2, WARPGROUP, TILE)  # fmt: skip
-        walk = go_on(walk, tile, work, TILE)
+            walk = go_on(walk, tile, work, TILE)
+    else:
+        grads, opened = start_keys(TILE), 0
+        if TILE.lags and steps > 0:
+            place = place_now(blocks, places, i, tile, walk, variant, TILE)
+            grads = gradient_step(grads, side, blocks, i, keys, walk.head, place, variant,
+                                  scale.log2, True, WARPGROUP, TILE)  # fmt: skip
+            walk, opened = go_on(walk, tile, work, TILE), 1
+        for item in range(i + opened, i + steps):
+            place = place_now(blocks, places, item, tile, walk, variant, TILE)
+            grads = gradient_step(grads, side, blocks, item, keys, walk.head, place, variant,
+                                  scale.log2, False, WARPGROUP, TILE)  # fmt: skip
+            walk = go_on(walk, tile, work, TILE)
     finish_queries(side, i + steps, steps, WARPGROUP, TILE)
     # Found again rather than kept: every register of the loop is taken.
     tile = queue.get(n, 4)

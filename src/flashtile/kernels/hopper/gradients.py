@@ -147,23 +147,21 @@ def multiply_ds(side, i, WARPGROUP: gl.constexpr, TILE: gl.constexpr):
 
 
 @gluon.jit
-def give(j, WARPGROUP: gl.constexpr):
-    """Tell the other warpgroup, which may be a step behind, that step j - 1 of a tile is done."""
-    barriers.arrive(DS_GIVEN + 2 * (j & 1) + 1 - WARPGROUP, CONSUMERS)
+def give(i, WARPGROUP: gl.constexpr):
+    """Tell the other warpgroup, which may be a step behind, that the step of item i - 1 is done."""
+    barriers.arrive(DS_GIVEN + 2 * (i & 1) + 1 - WARPGROUP, CONSUMERS)
 
 
 @gluon.jit
-def take(j, WARPGROUP: gl.constexpr):
+def take(i, WARPGROUP: gl.constexpr):
     """Wait until the other warpgroup gives the same."""
-    barriers.sync(DS_GIVEN + 2 * (j & 1) + WARPGROUP, CONSUMERS)
+    barriers.sync(DS_GIVEN + 2 * (i & 1) + WARPGROUP, CONSUMERS)
 
 
 @gluon.jit
-def start_keys(steps, WARPGROUP: gl.constexpr, TILE: gl.constexpr):
-    """The gradients before a tile's first block, whose step has no block before it."""
+def start_keys(TILE: gl.constexpr):
+    """The gradients before a tile's first block."""
     PADDED: gl.constexpr = TILE.padded
-    if TILE.lags and steps > 0:
-        give(0, WARPGROUP)
     zeros = gl.zeros([layouts.ROWS, PADDED], gl.float32, layouts.accumulator(PADDED))
     return KeyGradients(zeros, zeros)
 
@@ -174,20 +172,20 @@ def finish_queries(side, i, steps, WARPGROUP: gl.constexpr, TILE: gl.constexpr):
     have then read all keys."""
     if TILE.lags:
         if steps > 0:
-            take(steps, WARPGROUP)
+            take(i, WARPGROUP)
             dq = warpgroup_mma_wait(0, deps=[multiply_ds(side, i - 1, WARPGROUP, TILE)])
             hand_over(side.dq, dq, WARPGROUP)
-        give(steps + 1, WARPGROUP)
-        take(steps + 1, WARPGROUP)
+        give(i + 1, WARPGROUP)
+        take(i + 1, WARPGROUP)
     else:
         barriers.sync(DS_WRITTEN, CONSUMERS)
 
 
 @gluon.jit
-def store_ds(side, i, j, ds, WARPGROUP: gl.constexpr, TILE: gl.constexpr):
-    """Store a warpgroup's dS of item i, when the place is free."""
-    if TILE.lags:
-        take(j, WARPGROUP)
+def store_ds(side, i, ds, FIRST: gl.constexpr, WARPGROUP: gl.constexpr, TILE: gl.constexpr):
+    """Store a warpgroup's dS of item i, when the place is free, as it is where a tile begins."""
+    if TILE.lags and not FIRST:
+        take(i, WARPGROUP)
     side.ds_of(i, WARPGROUP).store(ds)
 
 
@@ -208,49 +206,49 @@ def start_share(side, i, WARPGROUP: gl.constexpr, TILE: gl.constexpr):
 
 
 @gluon.jit
-def share_queries(side, dq, j, WARPGROUP: gl.constexpr, TILE: gl.constexpr):
-    """Hand over a share of dQ: where shares lag, none in a tile's step 0."""
-    if not TILE.lags:
-        hand_over(side.dq, dq, WARPGROUP)
-    else:
-        if j > 0:
-            hand_over(side.dq, dq, WARPGROUP)
-        give(j + 1, WARPGROUP)
+def share_queries(side, dq, i, WARPGROUP: gl.constexpr, TILE: gl.constexpr):
+    """Hand over a share of dQ, and where shares lag what the next one takes."""
+    hand_over(side.dq, dq, WARPGROUP)
+    if TILE.lags:
+        give(i + 1, WARPGROUP)
 
 
 @gluon.jit
-def gradient_step(grads, side, blocks, i, j, keys, head, place, variant, unit,
+def gradient_step(grads, side, blocks, i, keys, head, place, variant, unit, FIRST: gl.constexpr,
                   WARPGROUP: gl.constexpr, TILE: gl.constexpr):  # fmt: skip
-    """Add item i, block j of a tile's, to dK and dV of a warpgroup's keys, and hand over its share
-    of dQ, or where shares lag that of the block before."""
+    """Add item i to dK and dV of a warpgroup's keys, and hand over its share of dQ, or where shares
+    lag that of the block before: none with the FIRST of a tile."""
     if TILE.skips:
         if (place < keys.hi) & (place + TILE.block_m > keys.lo):
-            grads = seen_step(grads, side, blocks, i, j, keys, head, place, variant, unit,
+            grads = seen_step(grads, side, blocks, i, keys, head, place, variant, unit, FIRST,
                               WARPGROUP, TILE)  # fmt: skip
         else:
-            unseen_step(side, blocks, i, j, WARPGROUP, TILE)
+            unseen_step(side, blocks, i, FIRST, WARPGROUP, TILE)
         return grads
     else:
-        return seen_step(grads, side, blocks, i, j, keys, head, place, variant, unit, WARPGROUP,
+        return seen_step(grads, side, blocks, i, keys, head, place, variant, unit, FIRST, WARPGROUP,
                          TILE)  # fmt: skip
 
 
 @gluon.jit
-def unseen_step(side, blocks, i, j, WARPGROUP: gl.constexpr, TILE: gl.constexpr):
+def unseen_step(side, blocks, i, FIRST: gl.constexpr, WARPGROUP: gl.constexpr, TILE: gl.constexpr):
     """A `gradient_step` whose queries see none of a warpgroup's keys."""
     BLOCK_M: gl.constexpr = TILE.block_m
     q = blocks.wait_queries(i)
     blocks.wait_dout(i)
     ds = gl.zeros([layouts.ROWS, BLOCK_M], q.dtype, layouts.accumulator(BLOCK_M))
-    store_ds(side, i, j, ds, WARPGROUP, TILE)
+    store_ds(side, i, ds, FIRST, WARPGROUP, TILE)
     meet(TILE)
-    dq = warpgroup_mma_wait(0, deps=[start_share(side, i, WARPGROUP, TILE)])
-    share_queries(side, dq, j, WARPGROUP, TILE)
+    if FIRST:
+        give(i + 1, WARPGROUP)
+    else:
+        dq = warpgroup_mma_wait(0, deps=[start_share(side, i, WARPGROUP, TILE)])
+        share_queries(side, dq, i, WARPGROUP, TILE)
     blocks.release(i)
 
 
 @gluon.jit
-def seen_step(grads, side, blocks, i, j, keys, head, place, variant, unit,
+def seen_step(grads, side, blocks, i, keys, head, place, variant, unit, FIRST: gl.constexpr,
               WARPGROUP: gl.constexpr, TILE: gl.constexpr):  # fmt: skip
     """A `gradient_step` with products.
 
@@ -300,14 +298,26 @@ def seen_step(grads, side, blocks, i, j, keys, head, place, variant, unit,
             p_operand = layouts.as_operand(kept(weight, variant.dropouts), q.dtype, TILE.padded)
         delta = blocks.delta_of(i).load(of_queries)
         ds = score_gradient(weight, dp, delta, variant.dropouts).to(q.dtype)
+    grads = add_block(grads, side, i, q, do, p_operand, ds, FIRST, WARPGROUP, TILE)
+    blocks.release(i)
+    return grads
+
+
+@gluon.jit
+def add_block(grads, side, i, q, do, p_operand, ds, FIRST: gl.constexpr, WARPGROUP: gl.constexpr,
+              TILE: gl.constexpr):  # fmt: skip
+    """The products with P and dS of item i."""
     ds_operand = layouts.as_operand(ds, q.dtype, TILE.padded)
-    store_ds(side, i, j, ds, WARPGROUP, TILE)
+    store_ds(side, i, ds, FIRST, WARPGROUP, TILE)
     dv_token = warpgroup_mma(p_operand, do, grads.v, is_async=True)
     meet(TILE)
-    dq_token = start_share(side, i, WARPGROUP, TILE)
-    dk_token = warpgroup_mma(ds_operand, q, grads.k, is_async=True)
-    dq, dv = warpgroup_mma_wait(1, deps=[dq_token, dv_token])
-    share_queries(side, dq, j, WARPGROUP, TILE)
-    dk = warpgroup_mma_wait(0, deps=[dk_token])
-    blocks.release(i)
-    return KeyGradients(dk, dv)
+    if FIRST:
+        dk_token = warpgroup_mma(ds_operand, q, grads.k, is_async=True)
+        dv = warpgroup_mma_wait(1, deps=[dv_token])
+        give(i + 1, WARPGROUP)
+    else:
+        dq_token = start_share(side, i, WARPGROUP, TILE)
+        dk_token = warpgroup_mma(ds_operand, q, grads.k, is_async=True)
+        dq, dv = warpgroup_mma_wait(1, deps=[dq_token, dv_token])
+        share_queries(side, dq, i, WARPGROUP, TILE)
+    return KeyGradients(warpgroup_mma_wait(0, deps=[dk_token]), dv)
