@@ -54,6 +54,7 @@ class HopperBackwardTile:
     adds: str = "in any order"  # shares of dQ; or "after the first", or "in order"
     lags: bool = False  # a step's share of dQ is that of the block before
     skips: bool = False  # a warpgroup passes over blocks that see none of its keys
+    halves: bool = False  # a walk's first block may be done for the first half of its queries
     persistent: bool = False  # a CTA takes tile after tile
     parts: int = 1  # in which scores become gradients, where these need many registers
     registers: int = 240  # of each consumer thread
@@ -149,7 +150,12 @@ def _schedule(problem: AttentionProblem, padded: int) -> dict[str, Any]:
     narrow, longest = padded == DIMS[0], MEDIUM if dense else 2 * MEDIUM
     gains = narrow or (problem.group == 1 and problem.seqlen_k <= longest)
     if gains and problem.window_left < 0 and not problem.features & UNORDERED:
-        return {"lags": True, "skips": dense and not narrow, "adds": "after the first"}
+        return {
+            "lags": True,
+            "skips": dense and not narrow,
+            "halves": not dense,
+            "adds": "after the first",
+        }
     return {"lags": True, "skips": narrow}
 
 

@@ -29,6 +29,7 @@ from flashtile.kernels.hopper.channels import (
 from flashtile.kernels.hopper.gradients import (
     Keys,
     finish_queries,
+    first_step,
     gradient_step,
     start_keys,
 )
@@ -232,8 +233,8 @@ def consume_tile(outputs, side, blocks, places, queue, tile, n, i, q_seq, k_seq,
         grads, opened = start_keys(TILE), 0
         if TILE.lags and steps > 0:
             place = place_now(blocks, places, i, tile, walk, variant, TILE)
-            grads = gradient_step(grads, side, blocks, i, keys, walk.head, place, variant,
-                                  scale.log2, True, WARPGROUP, TILE)  # fmt: skip
+            grads = first_step(grads, side, blocks, i, keys, walk.head, place, variant,
+                               scale.log2, WARPGROUP, TILE)  # fmt: skip
             walk, opened = go_on(walk, tile, work, TILE), 1
         for item in range(i + opened, i + steps):
             place = place_now(blocks, places, item, tile, walk, variant, TILE)

@@ -220,14 +220,52 @@ def gradient_step(grads, side, blocks, i, keys, head, place, variant, unit, FIRS
     lag that of the block before: none with the FIRST of a tile."""
     if TILE.skips:
         if (place < keys.hi) & (place + TILE.block_m > keys.lo):
-            grads = seen_step(grads, side, blocks, i, keys, head, place, variant, unit, FIRST,
-                              WARPGROUP, TILE)  # fmt: skip
+            grads = seen_step(grads, side, blocks, i, keys, head, place, variant, unit,
+                              TILE.block_m, FIRST, WARPGROUP, TILE)  # fmt: skip
         else:
             unseen_step(side, blocks, i, FIRST, WARPGROUP, TILE)
         return grads
     else:
-        return seen_step(grads, side, blocks, i, keys, head, place, variant, unit, FIRST, WARPGROUP,
-                         TILE)  # fmt: skip
+        return seen_step(grads, side, blocks, i, keys, head, place, variant, unit, TILE.block_m,
+                         FIRST, WARPGROUP, TILE)  # fmt: skip
+
+
+@gluon.jit
+def first_step(grads, side, blocks, i, keys, head, place, variant, unit, WARPGROUP: gl.constexpr,
+               TILE: gl.constexpr):  # fmt: skip
+    """A tile's first `gradient_step`, where shares lag. The last block of a packed sequence is the
+    first in the walk, and of half of them half is past the end."""
+    HALF: gl.constexpr = TILE.block_m // 2
+    if TILE.halves:
+        if place + HALF >= keys.at.q.length:
+            own = beside(keys, HALF // TILE.parts)
+            grads = seen_step(grads, side, blocks, i, own, head, place, variant, unit, HALF, True,
+                              WARPGROUP, TILE)  # fmt: skip
+        else:
+            grads = gradient_step(grads, side, blocks, i, keys, head, place, variant, unit, True,
+                                  WARPGROUP, TILE)  # fmt: skip
+        return grads
+    else:
+        return gradient_step(grads, side, blocks, i, keys, head, place, variant, unit, True,
+                             WARPGROUP, TILE)  # fmt: skip
+
+
+@gluon.jit
+def beside(keys, QUERIES: gl.constexpr):
+    """Keys for scores of so many queries."""
+    at = keys.at
+    k_idx = gl.convert_layout(at.k_idx, layouts.accumulator(QUERIES), assert_trivial=True)
+    at = At(at.batch, at.head, at.first_q, at.first_k, at.q_idx, k_idx, at.q, at.k)
+    return Keys(at, keys.lo, keys.full_lo, keys.full_hi, keys.hi)
+
+
+@gluon.jit
+def first_rows(tile, COUNT: gl.constexpr):
+    """The first rows of shared memory, or elements."""
+    if tile.shape[0] == COUNT:
+        return tile
+    else:
+        return tile.slice(0, COUNT, dim=0)
 
 
 @gluon.jit
@@ -248,31 +286,30 @@ def unseen_step(side, blocks, i, FIRST: gl.constexpr, WARPGROUP: gl.constexpr, T
 
 
 @gluon.jit
-def seen_step(grads, side, blocks, i, keys, head, place, variant, unit, FIRST: gl.constexpr,
-              WARPGROUP: gl.constexpr, TILE: gl.constexpr):  # fmt: skip
-    """A `gradient_step` with products.
+def seen_step(grads, side, blocks, i, keys, head, place, variant, unit, QUERIES: gl.constexpr,
+              FIRST: gl.constexpr, WARPGROUP: gl.constexpr, TILE: gl.constexpr):  # fmt: skip
+    """A `gradient_step` with products, of the first QUERIES of a block; there are no others.
 
     The order is what measurement left of ten (H200): dV and dK in front of dQ, dQ stored later,
     and the next block's scores under this one's products all cost time or registers.
     """
-    BLOCK_M: gl.constexpr = TILE.block_m
-    scores: gl.constexpr = layouts.accumulator(BLOCK_M)
+    scores: gl.constexpr = layouts.accumulator(QUERIES)
     of_queries: gl.constexpr = layouts.columns_of(scores)
-    zeros = gl.zeros([layouts.ROWS, BLOCK_M], gl.float32, scores)
+    zeros = gl.zeros([layouts.ROWS, QUERIES], gl.float32, scores)
     SLOPES: gl.constexpr = len(variant.score_mods) > 0
-    q = blocks.wait_queries(i)
+    q = first_rows(blocks.wait_queries(i), QUERIES)
     s_token = warpgroup_mma(side.keys(WARPGROUP), q.permute((1, 0)), zeros, use_acc=False,
                             is_async=True)  # fmt: skip
-    do = blocks.wait_dout(i)
+    do = first_rows(blocks.wait_dout(i), QUERIES)
     if TILE.parts > 1:
         dp_token = multiply_values(side, do, zeros, WARPGROUP)
         s, dp = warpgroup_mma_wait(0, deps=[s_token, dp_token])
         p, ds = score_parts(s, dp, blocks, i, keys, head, place, variant, unit, q.dtype, 0,
                             TILE.parts)  # fmt: skip
         p_operand = layouts.as_operand(p, q.dtype, TILE.padded)
-    elif SLOPES and BLOCK_M == 128:
+    elif SLOPES and TILE.block_m == 128:
         # Scores, slopes and dP are 192 registers a thread: dP later, 1,040 -> 680 bytes of spills.
-        lse2 = blocks.lse_of(i).load(of_queries)
+        lse2 = first_rows(blocks.lse_of(i), QUERIES).load(of_queries)
         s = warpgroup_mma_wait(0, deps=[s_token])
         p, slope = probabilities(s, lse2, keys, head, place, variant, unit)
         p_operand = layouts.as_operand(kept(p, variant.dropouts), q.dtype, TILE.padded)
@@ -280,11 +317,11 @@ def seen_step(grads, side, blocks, i, keys, head, place, variant, unit, FIRST: g
         dp_token = multiply_values(side, do, zeros, WARPGROUP)
     else:
         dp_token = multiply_values(side, do, zeros, WARPGROUP)
-        if BLOCK_M == 64:
-            lse2 = blocks.lse_of(i).load(of_queries)
+        if TILE.block_m == 64:
+            lse2 = first_rows(blocks.lse_of(i), QUERIES).load(of_queries)
         s = warpgroup_mma_wait(1, deps=[s_token])
-        if BLOCK_M == 128:  # 32 registers a thread: no room beside the scores in flight
-            lse2 = blocks.lse_of(i).load(of_queries)
+        if TILE.block_m == 128:  # 32 registers a thread: no room beside the scores in flight
+            lse2 = first_rows(blocks.lse_of(i), QUERIES).load(of_queries)
         p, weight = probabilities(s, lse2, keys, head, place, variant, unit)
         if SLOPES:
             p_operand = layouts.as_operand(kept(p, variant.dropouts), q.dtype, TILE.padded)
@@ -296,7 +333,7 @@ def seen_step(grads, side, blocks, i, keys, head, place, variant, unit, FIRST: g
         dp, weight = warpgroup_mma_wait(0, deps=[dp_token, weight])
         if not SLOPES:
             p_operand = layouts.as_operand(kept(weight, variant.dropouts), q.dtype, TILE.padded)
-        delta = blocks.delta_of(i).load(of_queries)
+        delta = first_rows(blocks.delta_of(i), QUERIES).load(of_queries)
         ds = score_gradient(weight, dp, delta, variant.dropouts).to(q.dtype)
     grads = add_block(grads, side, i, q, do, p_operand, ds, FIRST, WARPGROUP, TILE)
     blocks.release(i)
@@ -308,6 +345,8 @@ def add_block(grads, side, i, q, do, p_operand, ds, FIRST: gl.constexpr, WARPGRO
               TILE: gl.constexpr):  # fmt: skip
     """The products with P and dS of item i."""
     ds_operand = layouts.as_operand(ds, q.dtype, TILE.padded)
+    if ds.shape[1] < TILE.block_m:
+        ds = layouts.whole(ds, gl.zeros_like(ds))
     store_ds(side, i, ds, FIRST, WARPGROUP, TILE)
     dv_token = warpgroup_mma(p_operand, do, grads.v, is_async=True)
     meet(TILE)
