@@ -82,12 +82,14 @@ def produce(inputs, side, blocks, places, queue, q_seq, k_seq, masks, lists, wor
     n, i, number = 0, 0, gl.program_id(0)
     while number < tiles:
         tile = find_keys(work, number, q_seq, k_seq, masks, lists, TILE)
-        number = following(work, number, tiles, TILE)
         if tile.key >= 0:
             queue.put(n, tile)
             i = load_tile(inputs, side, blocks, places, tile, n, i, q_seq, k_seq, lists, work,
                           TILE)  # fmt: skip
             n += 1
+        # Two blocks before this one is done: CTAs that take tiles earlier end far apart. The slots
+        # of packed sequences that are nobody's are the last ones.
+        number = gl.where(tile.key >= 0, following(work, number, tiles, TILE), tiles)
     queue.put(n, KeyTile(0, 0, -1, 0, 0))
 
 

@@ -18,7 +18,7 @@ from flashtile.kernels.hopper.channels import (
     make_numbers,
     put_tile,
 )
-from flashtile.kernels.hopper.scheduler import pinned, split_tile
+from flashtile.kernels.hopper.scheduler import pinned, split_tile, take_tile
 from flashtile.kernels.masks import query_range
 from flashtile.kernels.schedule import schedule_list
 from flashtile.kernels.views import open_sequence
@@ -101,7 +101,7 @@ def find_keys(work, tile, q_seq, k_seq, masks, lists, TILE: gl.constexpr):
 def following(work, tile, tiles, TILE: gl.constexpr):
     """The number of this CTA's next tile: past the last where a CTA takes one."""
     if TILE.persistent:
-        return gl.atomic_add(work.counter, 1) + gl.num_programs(0)
+        return take_tile(work.counter)
     else:
         return tiles
 
