@@ -38,6 +38,7 @@ from flashtile.kernels.hopper.key_tiles import (
     block_of,
     find_keys,
     first_block,
+    first_number,
     following,
     go_on,
     make_queue,
@@ -79,7 +80,7 @@ def produce(inputs, side, blocks, places, queue, q_seq, k_seq, masks, lists, wor
             TILE: gl.constexpr):  # fmt: skip
     """Find tiles; of each load keys and values once, and the blocks of queries."""
     tiles = pinned(work.key_tiles) * pinned(work.pairs)
-    n, i, number = 0, 0, gl.program_id(0)
+    n, i, number = 0, 0, first_number(work, TILE)
     while number < tiles:
         tile = find_keys(work, number, q_seq, k_seq, masks, lists, TILE)
         if tile.key >= 0:
@@ -89,7 +90,7 @@ def produce(inputs, side, blocks, places, queue, q_seq, k_seq, masks, lists, wor
             n += 1
         # Two blocks before this one is done: CTAs that take tiles earlier end far apart. The slots
         # of packed sequences that are nobody's are the last ones.
-        number = gl.where(tile.key >= 0, following(work, number, tiles, TILE), tiles)
+        number = gl.where(tile.key >= 0, following(work, tiles, TILE), tiles)
     queue.put(n, KeyTile(0, 0, -1, 0, 0))
 
 

@@ -18,7 +18,7 @@ from flashtile.kernels.hopper.channels import (
     make_numbers,
     put_tile,
 )
-from flashtile.kernels.hopper.scheduler import pinned, split_tile, take_tile
+from flashtile.kernels.hopper.scheduler import pinned, split_tile
 from flashtile.kernels.masks import query_range
 from flashtile.kernels.schedule import schedule_list
 from flashtile.kernels.views import open_sequence
@@ -98,10 +98,22 @@ def find_keys(work, tile, q_seq, k_seq, masks, lists, TILE: gl.constexpr):
 
 
 @gluon.jit
-def following(work, tile, tiles, TILE: gl.constexpr):
-    """The number of this CTA's next tile: past the last where a CTA takes one."""
+def first_number(work, TILE: gl.constexpr):
+    """The number of this CTA's first tile. Where CTAs take several it comes from the counter too:
+    tiles wait for those with lower numbers, whose CTAs have started then, however few there are at
+    a time."""
     if TILE.persistent:
-        return take_tile(work.counter)
+        return following(work, 0, TILE)
+    else:
+        return gl.program_id(0)
+
+
+@gluon.jit
+def following(work, tiles, TILE: gl.constexpr):
+    """The number of this CTA's next tile: past the last where a CTA takes one. By a relaxed atomic,
+    as `scheduler.take_tile`."""
+    if TILE.persistent:
+        return gl.atomic_add(work.counter, 1, sem="relaxed")
     else:
         return tiles
 
