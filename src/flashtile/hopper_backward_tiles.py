@@ -144,7 +144,7 @@ def _schedule(problem: AttentionProblem, padded: int) -> dict[str, Any]:
     """
     dense = problem.layout == "dense"
     if problem.features & LISTED or (problem.window_left < 0 and problem.window_right < 0):
-        return {"lags": True, "persistent": dense}
+        return {"lags": True, "persistent": True}
     if _short(problem):
         return {"skips": True, "adds": "after the first"}
     narrow, longest = padded == DIMS[0], MEDIUM if dense else 2 * MEDIUM
@@ -155,8 +155,9 @@ def _schedule(problem: AttentionProblem, padded: int) -> dict[str, Any]:
             "skips": dense and not narrow,
             "halves": not dense,
             "adds": "after the first",
+            "persistent": not dense,
         }
-    return {"lags": True, "skips": narrow}
+    return {"lags": True, "skips": narrow, "persistent": not dense}
 
 
 def _short(problem: AttentionProblem) -> bool:

@@ -189,7 +189,7 @@ class KeySide:
     @gluon.jit
     def values(self, WARPGROUP: gl.constexpr):
         """(64, PADDED)"""
-        tile = self.v.index(WARPGROUP)
+        tile = self.v.index(pin(WARPGROUP))
         return tile.reshape((tile.shape[-2], tile.shape[-1]))
 
     @gluon.jit
