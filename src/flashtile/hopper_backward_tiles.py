@@ -54,6 +54,7 @@ class HopperBackwardTile:
     adds: str = "in any order"  # shares of dQ; or "after the first", or "in order"
     lags: bool = False  # a step's share of dQ is that of the block before
     skips: bool = False  # a warpgroup passes over blocks that see none of its keys
+    skips_last: bool = False  # those at the end of a walk from the last queries
     halves: bool = False  # a walk's first block may be done for the first half of its queries
     persistent: bool = False  # a CTA takes tile after tile
     parts: int = 1  # in which scores become gradients, where these need many registers
@@ -152,7 +153,7 @@ def _schedule(problem: AttentionProblem, padded: int) -> dict[str, Any]:
     if gains and problem.window_left < 0 and not problem.features & UNORDERED:
         return {
             "lags": True,
-            "skips": dense and not narrow,
+            "skips_last": not narrow,
             "halves": not dense,
             "adds": "after the first",
             "persistent": not dense,

@@ -51,7 +51,16 @@ def _on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     for module, names in (
         (
             key_tiles,
-            ("find_keys", "_blocks_of", "start_walk", "go_on", "row_of", "block_of", "first_block"),
+            (
+                "find_keys",
+                "_blocks_of",
+                "start_walk",
+                "go_on",
+                "hidden_steps",
+                "row_of",
+                "block_of",
+                "first_block",
+            ),
         ),
         (query_gradients, ("first_tile",)),
         (query_lists, ("open_list", "place_of", "row_there")),
@@ -233,6 +242,25 @@ def test_a_tile_waits_for_all_tiles_before_it_and_for_no_others(name: str, parts
             assert step.before == added[step.block]
         added.update(x.block for x in steps)
         assert len({x.block for x in steps}) == len(steps)
+
+
+@_all_calls
+def test_a_walk_ends_with_the_steps_that_a_warpgroup_passes_over(name: str, parts: int) -> None:
+    """All but one of those whose queries come before all that see its keys."""
+    arguments, keywords = CALLS[name]
+    call = _call(*arguments, **keywords)
+    tile = replace(backward_tile(describe(call), deterministic=True), skips_last=True)
+    launch = _launch(call, tile, parts)
+    work = launch.arguments[-2]
+    for steps in _steps(call, tile, parts):
+        if steps:
+            rows = [x.row for x in steps]
+            first = SimpleNamespace(row=torch.tensor(min(rows)))
+            for lo in range(0, max(rows) + 200, 32):
+                seen = [row + tile.block_m > lo for row in rows]
+                hidden = int(key_tiles.hidden_steps(first, torch.tensor(lo), len(rows), work, tile))
+                assert hidden == min(seen.count(False), len(rows) - 1)
+                assert all(seen[: len(rows) - hidden]) or hidden == len(rows) - 1
 
 
 def test_ranges_are_asked_for_keys_that_there_are(monkeypatch: pytest.MonkeyPatch) -> None:

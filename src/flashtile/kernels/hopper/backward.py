@@ -32,6 +32,7 @@ from flashtile.kernels.hopper.gradients import (
     first_step,
     gradient_step,
     start_keys,
+    unseen_step,
 )
 from flashtile.kernels.hopper.key_tiles import (
     KeyTile,
@@ -41,6 +42,7 @@ from flashtile.kernels.hopper.key_tiles import (
     first_number,
     following,
     go_on,
+    hidden_steps,
     make_queue,
     row_of,
     start_walk,
@@ -239,11 +241,14 @@ def consume_tile(outputs, side, blocks, places, queue, tile, n, i, q_seq, k_seq,
             grads = first_step(grads, side, blocks, i, keys, walk.head, place, variant,
                                scale.log2, WARPGROUP, TILE)  # fmt: skip
             walk, opened = go_on(walk, tile, work, TILE), 1
-        for item in range(i + opened, i + steps):
+        hidden = hidden_steps(tile, keys.lo, steps, work, TILE)
+        for item in range(i + opened, i + steps - hidden):
             place = place_now(blocks, places, item, tile, walk, variant, TILE)
             grads = gradient_step(grads, side, blocks, item, keys, walk.head, place, variant,
                                   scale.log2, False, WARPGROUP, TILE)  # fmt: skip
             walk = go_on(walk, tile, work, TILE)
+        for item in range(i + steps - hidden, i + steps):
+            unseen_step(side, blocks, item, False, WARPGROUP, TILE)
     finish_queries(side, i + steps, steps, WARPGROUP, TILE)
     # Found again rather than kept: every register of the loop is taken.
     tile = queue.get(n, 4)

@@ -153,6 +153,17 @@ def go_on(walk, tile, work, TILE: gl.constexpr):
 
 
 @gluon.jit
+def hidden_steps(tile, lo, steps, work, TILE: gl.constexpr):
+    """How many of a walk's last steps, never all, are of blocks before `lo`, from where on queries
+    see a warpgroup's keys, where it passes over them."""
+    if TILE.skips_last:
+        blocks = gl.maximum(lo - tile.row, 0) // TILE.block_m
+        return gl.minimum(blocks * pinned(work.heads.group), gl.maximum(steps - 1, 0))
+    else:
+        return 0
+
+
+@gluon.jit
 def row_of(tile, walk, TILE: gl.constexpr):
     """The first query of a block."""
     return tile.row + walk.n * TILE.block_m
