@@ -117,7 +117,7 @@ def backward_tile(problem: AttentionProblem, deterministic: bool = False) -> Hop
             tile = replace(tile, adds="after the first")  # 5.8% at 512, -7% at 4k (H200)
     else:
         padded, block_m = (64, 128) if dim <= DIMS[0] else (128, 64)
-        tile = HopperBackwardTile(dim, dim_v, padded, padded, block_m)
+        tile = HopperBackwardTile(dim, dim_v, padded, padded, block_m, persistent=True)
         tile = replace(tile, parts=_parts(problem), **_schedule(problem, padded))
     return replace(tile, adds="in order", persistent=False) if deterministic else tile
 
@@ -135,17 +135,19 @@ def _schedule(problem: AttentionProblem, padded: int) -> dict[str, Any]:
     """What pays for a problem (H200, time of the main kernel over one without).
 
     lags: full 1.9% to 6% at head dim 128 and 4% to 14% at 64, causal 2% to 16% from 1,024 on.
-    persistent: 3% to 5% more for full attention, whose tiles are alike; under a causal mask it
-    loses as much. "after the first", which clears no sums: causal at head dim 64, TFLOP/s over
-    sums in any order, 512 184 / 176, 1k 286 / 277, 2k 395 / 372, 4k 466 / 441, 8k 501 / 481, 16k
-    525 / 517. With skips instead of lags 512 is 192 (d64) and 230 / 214 (d128). With both, head
-    dim 128, ms over those in any order: 1k 0.501 / 0.519, 2k 0.750 / 0.767, 4k the same, 16k 4.50
-    / 4.21, and 0.70 / 0.63 where 32 heads share a KV head, at 4k. Packed lognormal lengths of 16k
-    tokens: 0.787 / 0.830 at 64, 0.566 / 0.593 at 128; with skips as well 0.808 and 0.572.
+    persistent: full 3% to 5% more. Under a causal mask it loses as much where CTAs take the next
+    tile early; taken late, and with first and last steps of their own, the whole backward takes
+    0.91 to 0.95 for packed sequences and 1k, 0.97 to 1.01 at 16k.
+    "after the first", which clears no sums: causal at head dim 64, TFLOP/s over sums in any order,
+    512 184 / 176, 1k 286 / 277, 2k 395 / 372, 4k 466 / 441, 8k 501 / 481, 16k 525 / 517. With skips
+    instead of lags 512 is 192 (d64) and 230 / 214 (d128). With both, head dim 128, ms over those in
+    any order: 1k 0.501 / 0.519, 2k 0.750 / 0.767, 4k the same, 16k 4.50 / 4.21, and 0.70 / 0.63
+    where 32 heads share a KV head, at 4k. Packed lognormal lengths of 16k tokens: 0.787 / 0.830 at
+    64, 0.566 / 0.593 at 128; with skips that ask in each step 0.808 and 0.572.
     """
     dense = problem.layout == "dense"
     if problem.features & LISTED or (problem.window_left < 0 and problem.window_right < 0):
-        return {"lags": True, "persistent": True}
+        return {"lags": True}
     if _short(problem):
         return {"skips": True, "adds": "after the first"}
     narrow, longest = padded == DIMS[0], MEDIUM if dense else 2 * MEDIUM
@@ -156,9 +158,8 @@ def _schedule(problem: AttentionProblem, padded: int) -> dict[str, Any]:
             "skips_last": not narrow,
             "halves": not dense,
             "adds": "after the first",
-            "persistent": not dense,
         }
-    return {"lags": True, "skips": narrow, "persistent": not dense}
+    return {"lags": True, "skips": narrow}
 
 
 def _short(problem: AttentionProblem) -> bool:
