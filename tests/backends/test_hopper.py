@@ -185,6 +185,22 @@ def test_tiles_of_many_heads_follow_each_other_in_order(
 
 
 @pytest.mark.parametrize(
+    ("dim", "tokens", "heads", "given", "chunk"),
+    [(128, 4096, 16, {"causal": True}, 4), (64, 4096, 15, {"causal": True}, 1),
+     (256, 4096, 16, {"causal": True}, 1), (64, 4096, 16, {"window_size": (9, 0)}, 1),
+     (64, 4096, 16, {"window_size": (-1, 9)}, 4), (64, 4096, 16, {}, 1)],
+)  # fmt: skip
+def test_many_causal_tiles_are_in_chunks_where_they_add_in_order(
+    dim: int, tokens: int, heads: int, given: dict[str, Any], chunk: int
+) -> None:
+    call = normalise(*[_half(1, tokens, heads, dim)] * 3, **given)
+    for deterministic, wanted in ((False, 1), (True, chunk)):
+        tile = backward_tile(describe(call), deterministic)
+        work = hopper_backward._work(call, tile, 1)
+        assert work.chunk == opaque(wanted)
+
+
+@pytest.mark.parametrize(
     ("heads", "fitting", "together"),
     [(16, 5, 4), (16, 4, 4), (16, 3, 2), (16, 0, 1), (20, 6, 5), (7, 3, 3), (2, 100, 2), (0, 4, 1)],
 )

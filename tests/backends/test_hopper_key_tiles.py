@@ -19,7 +19,7 @@ from flashtile.backends import hopper_backward
 from flashtile.backends.launch import Launch
 from flashtile.hopper_backward_tiles import HopperBackwardTile, backward_tile
 from flashtile.kernels import masks, schedule
-from flashtile.kernels.hopper import key_tiles, query_gradients, query_lists, scheduler, walk
+from flashtile.kernels.hopper import key_tiles, query_lists, scheduler, walk
 from flashtile.kernels.numbers import opaque
 from flashtile.problem import Call, describe
 
@@ -60,17 +60,18 @@ def _on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
                 "row_of",
                 "block_of",
                 "first_block",
+                "turn",
+                "tiles_before",
             ),
         ),
-        (query_gradients, ("first_tile",)),
         (query_lists, ("open_list", "place_of", "row_there")),
     ):
         for name in names:
             monkeypatch.setattr(module, name, getattr(module, name).fn)
         monkeypatch.setattr(module, "gl", LANGUAGE)
         monkeypatch.setattr(module, "open_sequence", _open_sequence)
-    for module, name in ((key_tiles, "query_range"), (query_gradients, "key_range")):
-        monkeypatch.setattr(module, name, _plainly(getattr(masks, name).fn))
+    for name in ("query_range", "key_range"):
+        monkeypatch.setattr(key_tiles, name, _plainly(getattr(masks, name).fn))
     for module, name in ((key_tiles, "schedule_list"), (query_lists, "schedule_list"),
                          (walk, "block_start")):  # fmt: skip
         monkeypatch.setattr(module, name, getattr(schedule, name).fn)
@@ -180,10 +181,9 @@ def _steps(call: Call, tile: HopperBackwardTile, parts: int = 1) -> list[list[St
         for _ in range(there):
             row = key_tiles.row_of(keys, walk, tile)
             block = key_tiles.block_of(row, walk, base, work, tile)
-            first = query_gradients.first_tile(row, keys, q_seq, k_seq, variant.masks, tile)
+            before = key_tiles.tiles_before(row, keys, q_seq, k_seq, variant.masks, work, tile)
             where = (int(keys.batch), int(keys.kv_head) // parts, int(keys.key))
-            before = int(keys.key) // tile.block_n - int(first)
-            steps.append(Step(where, int(walk.head), int(row), int(block), before))
+            steps.append(Step(where, int(walk.head), int(row), int(block), int(before)))
             walk = key_tiles.go_on(walk, keys, work, tile)
         found.append(steps)
     return found

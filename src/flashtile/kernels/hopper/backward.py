@@ -46,9 +46,10 @@ from flashtile.kernels.hopper.key_tiles import (
     make_queue,
     row_of,
     start_walk,
+    tiles_before,
 )
 from flashtile.kernels.hopper.locks import keep_locks, make_debts
-from flashtile.kernels.hopper.query_gradients import add_shares, first_tile, open_places
+from flashtile.kernels.hopper.query_gradients import add_shares, open_places
 from flashtile.kernels.hopper.query_lists import open_list, open_lists, place_of, row_there
 from flashtile.kernels.hopper.scheduler import pinned
 from flashtile.kernels.hopper.stages import (
@@ -164,7 +165,7 @@ def add_queries(dq, side, queue, debts, q_seq, k_seq, masks, lists, work, TILE: 
             row = row_there(lists, place, q_span, TILE)
             block = block_of(row, walk, base, work, TILE)
             if TILE.locked:
-                before = tile.key // TILE.block_n - first_tile(row, tile, q_seq, k_seq, masks, TILE)
+                before = tiles_before(row, tile, q_seq, k_seq, masks, work, TILE)
             owed = add_shares(dq, side.dq, work.locks, debts, block, before, owed, j == steps - 1,
                               TILE)  # fmt: skip
             walk = go_on(walk, tile, work, TILE)

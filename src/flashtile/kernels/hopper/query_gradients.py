@@ -19,7 +19,6 @@ from flashtile.kernels.hopper import barriers
 from flashtile.kernels.hopper._compat import tma_store, tma_store_wait
 from flashtile.kernels.hopper.locks import wait_lock
 from flashtile.kernels.hopper.stages import DQ_FREE, DQ_FULL, WITH_WRITER
-from flashtile.kernels.masks import key_range
 from flashtile.kernels.numbers import number
 from flashtile.kernels.views import open_sequence, open_tile, store_tile, tokens
 
@@ -67,14 +66,6 @@ def open_places():
     """The writer's first word: both places are free."""
     for w in gl.static_range(2):
         barriers.arrive(DQ_FREE + w, WITH_WRITER)
-
-
-@gluon.jit
-def first_tile(row, tile, q_seq, k_seq, masks, TILE: gl.constexpr):
-    """The first tile of keys that adds to the block of queries from a row on."""
-    q_span, k_span = open_sequence(q_seq, tile.batch), open_sequence(k_seq, tile.batch)
-    seen = key_range(masks, row, row + (TILE.block_m - 1), q_span, k_span)
-    return seen.lo // TILE.block_n
 
 
 @gluon.jit
