@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import random
 from collections import Counter, defaultdict
 from dataclasses import replace
 from types import SimpleNamespace
@@ -48,23 +49,10 @@ LANGUAGE = SimpleNamespace(
 
 @pytest.fixture(autouse=True)
 def _on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    tiles = "find_keys _blocks_of start_walk go_on hidden_steps row_of block_of first_block turn"
     for module, names in (
-        (
-            key_tiles,
-            (
-                "find_keys",
-                "_blocks_of",
-                "start_walk",
-                "go_on",
-                "hidden_steps",
-                "row_of",
-                "block_of",
-                "first_block",
-                "turn",
-                "tiles_before",
-            ),
-        ),
-        (query_lists, ("open_list", "place_of", "row_there")),
+        (key_tiles, [*tiles.split(), "tiles_before"]),
+        (query_lists, ["open_list", "place_of", "row_there"]),
     ):
         for name in names:
             monkeypatch.setattr(module, name, getattr(module, name).fn)
@@ -108,10 +96,15 @@ def _number(n: Any) -> Any:
 def _open_sequence(seq: Any, batch: Any) -> Any:
     if seq.cu_seqlens is None:
         room = _number(seq.length)
-        return SimpleNamespace(length=room, room=room)
+        return SimpleNamespace(length=_used(seq, batch, room), room=room)
     ends = [*seq.cu_seqlens.memory.tolist(), _number(seq.length)]
     room = ends[int(batch) + 1] - ends[int(batch)]
-    return SimpleNamespace(length=room if batch < _number(seq.batch) else 0, room=room)
+    length = _used(seq, batch, room) if batch < _number(seq.batch) else 0
+    return SimpleNamespace(length=length, room=room)
+
+
+def _used(seq: Any, batch: Any, room: int) -> int:
+    return room if seq.used is None else min(int(seq.used[int(batch)]), room)
 
 
 def _order(work: Any, q_seq: Any, k_seq: Any, block: int) -> Tensor:
@@ -134,9 +127,14 @@ class Step(NamedTuple):
 
 
 def _call(heads: int, kv_heads: int, lengths: list[tuple[int, int]], **given: Any) -> Call:
-    """Dense where all lengths are the same, else packed, with ten tokens of no sequence."""
-    dim = given.pop("dim", 128)
+    """Dense where all lengths are the same, else packed, with ten tokens of no sequence. Sequences
+    take so much of their rooms, where these are given."""
+    dim, rooms = given.pop("dim", 128), given.pop("rooms", lengths)
+    if rooms != lengths:
+        used = torch.tensor(lengths, dtype=torch.int32)
+        given |= {"seqused_q": used[:, 0].contiguous(), "seqused_k": used[:, 1].contiguous()}
     shapes: list[tuple[int, ...]]
+    lengths = rooms
     if len(set(lengths)) == 1:
         shapes = [(len(lengths), n, h) for n, h in zip(lengths[0], (heads, kv_heads), strict=True)]
     else:
@@ -158,7 +156,9 @@ def _launch(call: Call, tile: HopperBackwardTile, parts: int) -> Launch:
     return hopper_backward.gradient_launch(call, tile, space, q, dk, dv)
 
 
-def _steps(call: Call, tile: HopperBackwardTile, parts: int = 1) -> list[list[Step]]:
+def _steps(
+    call: Call, tile: HopperBackwardTile, parts: int = 1, chunk: int = 1
+) -> list[list[Step]]:
     """What each tile adds, tile by tile as the launch counts them."""
     launch = _launch(call, tile, parts)
     sequences, variant, _, work, _ = launch.arguments[-5:]
@@ -166,6 +166,7 @@ def _steps(call: Call, tile: HopperBackwardTile, parts: int = 1) -> list[list[St
         x if x.cu_seqlens is None else x._replace(cu_seqlens=Pointer(x.cu_seqlens))
         for x in sequences
     )
+    work = work._replace(chunk=opaque(chunk))
     if work.order is not None:
         order = _order(work, q_seq, k_seq, tile.block_n)
         work = work._replace(order=Pointer(order.flatten()))
@@ -196,14 +197,19 @@ CALLS: dict[str, tuple[Any, dict[str, Any]]] = {
     "more queries": ((3, 1, [(600, 300)]), {"causal": True, "dim": 64}),
     "window": ((4, 2, [(900, 900)]), {"causal": True, "window_size": (200, 0)}),
     "band": ((2, 2, [(500, 800)]), {"window_size": (130, 60), "dim": 256}),
+    "shared": ((4, 1, [(600, 1300)]), {"causal": True}),
+    "used": ((4, 2, [(150, 120), (0, 300), (500, 660)]),
+             {"causal": True, "rooms": [(500, 700)] * 3}),
     "packed": ((4, 2, [(300, 300), (0, 70), (129, 1), (64, 200)]), {"causal": True}),
-}
-PARTS = {"grouped": 3, "more queries": 3, "packed": 2}
-
-
-def _all_calls(test: Any) -> Any:
-    whole = [(name, 1) for name in CALLS]
-    return pytest.mark.parametrize(("name", "parts"), [*whole, *PARTS.items()])(test)
+    "packed used": ((2, 2, [(290, 130), (3, 0), (100, 333)]),
+                    {"causal": True, "rooms": [(300, 300), (10, 70), (129, 400)]}),
+}  # fmt: skip
+PARTS = {"grouped": 3, "more queries": 3, "shared": 2, "packed": 2}
+WHOLE_AND_PARTS = [*((name, 1) for name in CALLS), *PARTS.items()]
+CHUNKS = [*((*x, 1) for x in WHOLE_AND_PARTS),
+          *((*x, 4) for x in WHOLE_AND_PARTS if "packed" not in x[0])]  # fmt: skip
+_all_calls = pytest.mark.parametrize(("name", "parts"), WHOLE_AND_PARTS)
+_all_chunks = pytest.mark.parametrize(("name", "parts", "chunk"), CHUNKS)
 
 
 @_all_calls
@@ -231,17 +237,40 @@ def test_tiles_add_to_every_block_that_sees_them_once(
                         assert (batch, head * kv_heads // heads, key, head, row) in found
 
 
-@_all_calls
-def test_a_tile_waits_for_all_tiles_before_it_and_for_no_others(name: str, parts: int) -> None:
-    """So that nobody waits for a CTA that has not started, in an order of the shape alone."""
+def _work_through(tiles: list[list[Step]], ctas: int, ordered: bool) -> None:
+    """By CTAs that take the next number at a tile's last blocks, until none of them can go on."""
+    chance, numbers = random.Random(ctas), iter(range(len(tiles)))
+    locks, left = Counter[int](), [len(steps) for steps in tiles]
+    taken: list[list[int]] = [[] for _ in range(ctas)]
+    idle = 0
+    while idle < 100 * ctas:
+        own, idle = taken[chance.randrange(ctas)], idle + 1
+        if sum(left[n] for n in own) <= 2 and (number := next(numbers, None)) is not None:
+            own.append(number)
+            idle = 0
+        while own and not left[own[0]]:
+            own.pop(0)
+        step = tiles[own[0]][-left[own[0]]] if own else None
+        if step and locks[step.block] >= (step.before if ordered else min(step.before, 1)):
+            if ordered or step.before == 0:
+                assert locks[step.block] == step.before
+                locks[step.block] += 1
+            left[own[0]] -= 1
+            idle = 0
+    assert not any(left)
+
+
+@_all_chunks
+def test_tiles_wait_for_those_with_lower_numbers(name: str, parts: int, chunk: int) -> None:
+    """For all that add to a block, so that the order is one of the shape alone, or for the first
+    one; never for one that no CTA has taken, however few there are at a time."""
     arguments, keywords = CALLS[name]
     call = _call(*arguments, **keywords)
-    added: Counter[int] = Counter()
-    for steps in _steps(call, backward_tile(describe(call), deterministic=True), parts):
-        for step in steps:
-            assert step.before == added[step.block]
-        added.update(x.block for x in steps)
-        assert len({x.block for x in steps}) == len(steps)
+    for adds in ("in order", "after the first")[: 1 if chunk > 1 else 2]:
+        tile = replace(backward_tile(describe(call), deterministic=True), adds=adds)
+        tiles = _steps(call, tile, parts, chunk)
+        for ctas in (1, 2, 5, len(tiles)):
+            _work_through(tiles, ctas, adds == "in order")
 
 
 @_all_calls
