@@ -159,7 +159,8 @@ def _schedule(problem: AttentionProblem, padded: int) -> dict[str, Any]:
             "halves": not dense,
             "adds": "after the first",
         }
-    return {"lags": True, "skips": narrow}
+    # Of packed windows it would be 8 to 18 more loads of spilled registers a step.
+    return {"lags": True, "skips": narrow, "persistent": dense or not narrow}
 
 
 def _short(problem: AttentionProblem) -> bool:
