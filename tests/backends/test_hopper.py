@@ -110,6 +110,8 @@ def test_tiles_fit_and_do_not_depend_on_lengths_alone() -> None:
         ordered = backward_tile(problem, deterministic=True)
         assert (ordered.adds, ordered.lags, ordered.persistent) == ("in order", True, False)
         assert backward_tile(problem).persistent
+        sloped = replace(problem, features=problem.features | {"alibi_slopes"})
+        assert backward_tile(sloped).persistent != causal
     dims = replace(LLAMA, head_dim=64, head_dim_v=64)
     for tokens, rows in ((128, 128), (512, 192), (1024, 128), (2048, 192), (16384, 192)):
         tile = forward_tile(replace(dims, seqlen_q=tokens, seqlen_k=tokens))
