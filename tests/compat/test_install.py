@@ -18,6 +18,7 @@ MODULES = (
     "flash_attn.flash_attn_interface",
     "flash_attn.layers",
     "flash_attn.layers.rotary",
+    "flash_attn_interface",
 )
 
 SCRIPT = """
@@ -30,6 +31,7 @@ flashtile.compat.install()
 
 import flash_attn
 import flash_attn.flash_attn_interface
+import flash_attn_interface
 from flash_attn import flash_attn_func, flash_attn_with_kvcache
 from flash_attn.bert_padding import index_first_axis, pad_input, unpad_input
 from flash_attn.flash_attn_interface import _flash_attn_forward, flash_attn_gpu
@@ -38,6 +40,7 @@ import flash_attn.layers.rotary as rotary
 
 assert flash_attn.flash_attn_interface.flash_attn_func is flash_attn_func
 assert flash_attn.layers.rotary is rotary
+assert flash_attn_interface is not flash_attn.flash_attn_interface
 """
 
 
@@ -48,7 +51,7 @@ def clean() -> Iterator[None]:
 
 
 def under_flash_attn() -> set[str]:
-    return {name for name in sys.modules if name.split(".")[0] == "flash_attn"}
+    return {name for name in sys.modules if name.split(".")[0].startswith("flash_attn")}
 
 
 @pytest.fixture
@@ -103,6 +106,17 @@ def test_refuses_another_flash_attn(other_package):
     with pytest.raises(RuntimeError, match=r"2\.6\.3 .*/site-packages/flash_attn.*force=True"):
         compat.install()
     assert sys.modules["flash_attn"] is other_package
+
+
+def test_refuses_another_flash_attn_3():
+    sys.modules["flash_attn_interface"] = other = ModuleType("flash_attn_interface")
+    with pytest.raises(RuntimeError, match=r"flash_attn_interface .* is imported already"):
+        compat.install()
+    assert under_flash_attn() == {"flash_attn_interface"}
+    compat.install(force=True)
+    assert sys.modules["flash_attn_interface"] is not other
+    compat.uninstall()
+    assert sys.modules.pop("flash_attn_interface") is other
 
 
 def test_force_sets_another_flash_attn_aside(other_package):

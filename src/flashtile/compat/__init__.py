@@ -1,7 +1,8 @@
 """Drop-in modules for code that was written against other attention packages.
 
-`install()` puts `flashtile.compat.flash_attn` under the name `flash_attn` in `sys.modules`, so that
-`import flash_attn` and everything below it find flashtile. Nothing happens until it is called.
+`install()` puts `flashtile.compat.flash_attn` under the name `flash_attn` in `sys.modules`, and
+`flashtile.compat.flash_attn_interface` under FlashAttention-3's `flash_attn_interface`, so that
+imports of these and everything below them find flashtile. Nothing happens until it is called.
 Code that asks package metadata (`importlib.metadata.version("flash-attn")`) instead of importing
 sees no change: only a distribution of that name could answer it.
 """
@@ -14,18 +15,18 @@ from types import ModuleType
 
 __all__ = ["install", "uninstall"]
 
-_NAME = "flash_attn"
-_OURS = f"{__name__}.flash_attn"
+_NAMES = ("flash_attn", "flash_attn_interface")
 _SUBMODULES = ("flash_attn_interface", "bert_padding", "layers.rotary")
 
 _displaced: dict[str, ModuleType] = {}
 
 
 def install(force: bool = False) -> None:
-    """Let `import flash_attn` find `flashtile.compat.flash_attn`. Doing it twice changes nothing.
+    """Let `import flash_attn` and `import flash_attn_interface` find flashtile. Doing it twice
+    changes nothing.
 
-    Raises RuntimeError if another `flash_attn` is imported already, since its functions may be held
-    by modules that imported them; with `force` it is set aside for later imports, and
+    Raises RuntimeError if another module of such a name is imported already, since its functions
+    may be held by modules that imported them; with `force` it is set aside for later imports, and
     `uninstall` brings it back.
 
         import flashtile.compat
@@ -35,22 +36,25 @@ def install(force: bool = False) -> None:
     """
     if _is_installed():
         return
-    present = sys.modules.get(_NAME)
-    if present is not None and not force:
-        where = getattr(present, "__file__", None) or "no file"
-        raise RuntimeError(
-            f"{_NAME} {getattr(present, '__version__', '')} is imported already, from {where}; "
-            f"install flashtile.compat before it, or pass force=True to set it aside"
-        )
+    for present in filter(None, map(sys.modules.get, _NAMES)):
+        if not force:
+            where = getattr(present, "__file__", None) or "no file"
+            raise RuntimeError(
+                f"{present.__name__} {getattr(present, '__version__', '')} is imported already, "
+                f"from {where}; install flashtile.compat before it, or pass force=True to set it "
+                "aside"
+            )
     for submodule in _SUBMODULES:
-        importlib.import_module(f"{_OURS}.{submodule}")
+        importlib.import_module(f"{__name__}.{_NAMES[0]}.{submodule}")
+    importlib.import_module(f"{__name__}.{_NAMES[1]}")
     _displaced.update(_take_out())
-    for name, module in _below(_OURS).items():
-        sys.modules[_NAME + name.removeprefix(_OURS)] = module
+    for ours in _NAMES:
+        for name, module in _below(f"{__name__}.{ours}").items():
+            sys.modules[name.removeprefix(f"{__name__}.")] = module
 
 
 def uninstall() -> None:
-    """Undo `install`: what was under `flash_attn` before is there again."""
+    """Undo `install`: what was under these names before is there again."""
     if not _is_installed():
         return
     _take_out()
@@ -59,7 +63,8 @@ def uninstall() -> None:
 
 
 def _is_installed() -> bool:
-    return _OURS in sys.modules and sys.modules.get(_NAME) is sys.modules[_OURS]
+    ours = [sys.modules.get(f"{__name__}.{name}") for name in _NAMES]
+    return None not in ours and ours == [sys.modules.get(name) for name in _NAMES]
 
 
 def _below(name: str) -> dict[str, ModuleType]:
@@ -72,8 +77,8 @@ def _below(name: str) -> dict[str, ModuleType]:
 
 
 def _take_out() -> dict[str, ModuleType]:
-    """Remove everything under `flash_attn` from sys.modules and return it."""
-    taken = _below(_NAME)
+    """Remove everything under these names from sys.modules and return it."""
+    taken = _below(_NAMES[0]) | _below(_NAMES[1])
     for name in taken:
         del sys.modules[name]
     return taken
