@@ -1,4 +1,4 @@
-"""The decode kernels' host side: two launches whose grids and workspace depend on shapes alone."""
+"""The decode kernels' host side: launches whose grids and workspace depend on shapes alone."""
 
 from __future__ import annotations
 
