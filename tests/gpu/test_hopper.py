@@ -212,6 +212,38 @@ def test_gradients_at_edges_of_tiles(dim: int, dim_v: int, features: dict[str, A
                 assert results.grads[name][:, :500].eq(0).all()
 
 
+OWN_HEADS: list[dict[str, Any]] = [
+    {"causal": True}, {"window_size": (-1, 20)}, {"causal": True, "softcap": 5.0},
+    {"causal": True, "dropout_p": 0.2},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("features", OWN_HEADS, ids=str)
+@pytest.mark.parametrize("dim", [64, 128])
+def test_packed_gradients_of_heads_of_their_own(dim: int, features: dict[str, Any]) -> None:
+    """Of no group, not in order, and more tiles than CTAs: last blocks of every length, half empty
+    or not, sequences without queries or keys, keys past a tile's last query."""
+    lengths = tuple((n % 200, (n + 33 * (n % 5) - 40) % 330) for n in range(1, 201))
+    case = Case("own", heads=3, kv_heads=3, head_dim=dim, lengths=lengths, features=features)
+    problem = case.draw(dim, BF16, "cuda")
+    problem.keywords.update(max_seqlen_q=200, max_seqlen_k=330)
+    _leave_nan_in_freed_memory()
+    assert_matches_reference(problem)
+
+
+@pytest.mark.parametrize("features", OWN_HEADS[:2], ids=str)
+@pytest.mark.parametrize("dim", [64, 128])
+def test_dense_gradients_of_heads_of_their_own(dim: int, features: dict[str, Any]) -> None:
+    """Long enough that shares of dQ lag, and more tiles than CTAs: steps that a warpgroup passes
+    over, tiles that no query sees, queries that see no key."""
+    for seqlen_q, seqlen_k in ((600, 600), (700, 577), (33, 1100), (1100, 700)):
+        case = Case("own", seqlen_q, seqlen_k, heads=20, kv_heads=20, head_dim=dim,
+                    features=features)  # fmt: skip
+        problem = case.draw(seqlen_q, BF16, "cuda")
+        _leave_nan_in_freed_memory()
+        assert_matches_reference(problem, str((seqlen_q, seqlen_k)))
+
+
 @pytest.mark.parametrize("dim", [64, 128, 192, 256])
 def test_gradients_of_keys_repeat(dim: int) -> None:
     """dK and dV are summed in one order; dQ is not."""
