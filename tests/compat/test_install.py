@@ -128,6 +128,43 @@ def test_force_sets_another_flash_attn_aside(other_package):
     assert {name: sys.modules[name] for name in under_flash_attn()} == before
 
 
+def test_again_after_a_name_was_taken_away():
+    compat.install()
+    del sys.modules["flash_attn"]
+    compat.install()
+    assert importlib.import_module("flash_attn").__name__ == "flashtile.compat.flash_attn"
+    compat.uninstall()
+    assert not under_flash_attn()
+
+
+def test_uninstall_leaves_what_took_a_name_since(other_package):
+    compat.install(force=True)
+    sys.modules["flash_attn"] = later = ModuleType("flash_attn")
+    with pytest.raises(RuntimeError, match="imported already"):
+        compat.install()
+    compat.uninstall()
+    assert under_flash_attn() == {"flash_attn", "flash_attn.losses"}
+    assert sys.modules["flash_attn"] is later
+
+
+def test_force_after_another_took_a_name():
+    compat.install()
+    sys.modules["flash_attn"] = later = ModuleType("flash_attn")
+    compat.install(force=True)
+    compat.uninstall()
+    assert under_flash_attn() == {"flash_attn"}
+    assert sys.modules.pop("flash_attn") is later
+
+
+def test_a_name_barred_from_import_stays_barred():
+    sys.modules["flash_attn"] = None
+    compat.install()
+    compat.uninstall()
+    compat.uninstall()
+    assert under_flash_attn() == {"flash_attn"}
+    assert sys.modules.pop("flash_attn") is None
+
+
 def test_what_is_not_there_is_an_import_error():
     compat.install()
     with pytest.raises(ModuleNotFoundError, match=r"flash_attn\.losses"):

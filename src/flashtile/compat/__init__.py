@@ -16,7 +16,10 @@ from types import ModuleType
 __all__ = ["install", "uninstall"]
 
 _NAMES = ("flash_attn", "flash_attn_interface")
-_SUBMODULES = ("flash_attn_interface", "bert_padding", "layers.rotary")
+_MODULES = (
+    "flash_attn.flash_attn_interface", "flash_attn.bert_padding", "flash_attn.layers.rotary",
+    "flash_attn_interface",
+)  # fmt: skip
 
 _displaced: dict[str, ModuleType] = {}
 
@@ -34,19 +37,19 @@ def install(force: bool = False) -> None:
         flashtile.compat.install()
         from flash_attn import flash_attn_func
     """
-    if _is_installed():
+    if all(map(_is_ours, _NAMES)):
         return
-    for present in filter(None, map(sys.modules.get, _NAMES)):
-        if not force:
+    for name in _NAMES:
+        present = sys.modules.get(name)
+        if not (force or present is None or _is_ours(name)):
             where = getattr(present, "__file__", None) or "no file"
             raise RuntimeError(
-                f"{present.__name__} {getattr(present, '__version__', '')} is imported already, "
+                f"{name} {getattr(present, '__version__', '')} is imported already, "
                 f"from {where}; install flashtile.compat before it, or pass force=True to set it "
                 "aside"
             )
-    for submodule in _SUBMODULES:
-        importlib.import_module(f"{__name__}.{_NAMES[0]}.{submodule}")
-    importlib.import_module(f"{__name__}.{_NAMES[1]}")
+    for wanted in _MODULES:
+        importlib.import_module(f"{__name__}.{wanted}")
     _displaced.update(_take_out())
     for ours in _NAMES:
         for name, module in _below(f"{__name__}.{ours}").items():
@@ -55,16 +58,14 @@ def install(force: bool = False) -> None:
 
 def uninstall() -> None:
     """Undo `install`: what was under these names before is there again."""
-    if not _is_installed():
-        return
-    _take_out()
-    sys.modules.update(_displaced)
+    others = _take_out()
+    sys.modules.update({**_displaced, **others})
     _displaced.clear()
 
 
-def _is_installed() -> bool:
-    ours = [sys.modules.get(f"{__name__}.{name}") for name in _NAMES]
-    return None not in ours and ours == [sys.modules.get(name) for name in _NAMES]
+def _is_ours(name: str) -> bool:
+    ours = sys.modules.get(f"{__name__}.{name}")
+    return ours is not None and sys.modules.get(name) is ours
 
 
 def _below(name: str) -> dict[str, ModuleType]:
@@ -77,8 +78,9 @@ def _below(name: str) -> dict[str, ModuleType]:
 
 
 def _take_out() -> dict[str, ModuleType]:
-    """Remove everything under these names from sys.modules and return it."""
-    taken = _below(_NAMES[0]) | _below(_NAMES[1])
-    for name in taken:
+    """Remove everything under these names from sys.modules; returns what is not flashtile's."""
+    found = {key: module for name in _NAMES for key, module in _below(name).items()}
+    others = {key: module for key, module in found.items() if not _is_ours(key)}
+    for name in found:
         del sys.modules[name]
-    return taken
+    return others
