@@ -14,6 +14,7 @@ import flashtile.compat
 REQUIRED = inspect.Parameter.empty
 SCALES = {"q_descale": None, "k_descale": None, "v_descale": None}
 BAND = {"window_size": (-1, -1), "attention_chunk": 0}
+SIDES = {"window_size_left": -1, "window_size_right": -1}
 TUNING = {"num_splits": 1, "pack_gqa": None, "deterministic": False, "sm_margin": 0}
 LENGTHS = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
 
@@ -35,6 +36,21 @@ SIGNATURES = {
         **named((*"qkv", *LENGTHS)), "seqused_q": None, "seqused_k": None, "softmax_scale": None,
         "causal": False, "qv": None, **SCALES, **BAND, "softcap": 0.0, **TUNING,
         "return_attn_probs": False,
+    },
+    "_flash_attn_forward": {
+        **named("qkv"),
+        **named(("k_new", "v_new", "qv", "out_", "cu_seqlens_q", "cu_seqlens_k", "cu_seqlens_k_new",
+                 "seqused_q", "seqused_k", "max_seqlen_q", "max_seqlen_k", "page_table",
+                 "kv_batch_idx", "leftpad_k", "rotary_cos", "rotary_sin", "seqlens_rotary"), None),
+        **SCALES, "softmax_scale": None, "causal": False, **SIDES, "attention_chunk": 0,
+        "softcap": 0.0, "rotary_interleaved": True, "scheduler_metadata": None, "num_splits": 1,
+        "pack_gqa": None, "sm_margin": 0,
+    },
+    "_flash_attn_backward": {
+        **named(("dout", *"qkv", "out", "softmax_lse")),
+        **named(("cu_seqlens_q", "cu_seqlens_k", "sequed_q", "sequed_k", "max_seqlen_q",
+                 "max_seqlen_k", "dq", "dk", "dv", "softmax_scale"), None),
+        "is_causal": False, **SIDES, "softcap": 0.0, "deterministic": False, "sm_margin": 0,
     },
     "flash_attn_combine": {
         **named(("out_partial", "lse_partial")), "out": None, "out_dtype": None,
@@ -161,11 +177,109 @@ def test_rows_of_a_page_table(fa3: ModuleType) -> None:
     torch.testing.assert_close(found, wanted)
 
 
+def test_what_serving_engines_pass_beside_a_cache(fa3: ModuleType) -> None:
+    """Scales of 16 bits and more, offsets of no new tokens, splits that are planned."""
+    q, cache, lengths = draw(2, 1, 4, 16), draw(2, 8, 2, 16), ints(5, 7)
+    scales = dict.fromkeys(SCALES, torch.full((2, 2), 3.0))
+    found = fa3.flash_attn_with_kvcache(
+        q, cache, cache, cache_seqlens=lengths, cu_seqlens_k_new=ints(0, 5, 12), num_splits=-1,
+        **scales,
+    )  # fmt: skip
+    wanted = flashtile.flash_attn_with_kvcache(q, cache, cache, cache_seqlens=lengths)
+    torch.testing.assert_close(found, wanted)
+    again, *_ = fa3._flash_attn_forward(q, cache, cache, seqused_k=lengths, **scales)
+    torch.testing.assert_close(again, wanted)
+    dense = fa3.flash_attn_func(q, cache, cache, **scales)
+    torch.testing.assert_close(dense, flashtile.flash_attn_func(q, cache, cache))
+
+
 def test_cache_has_no_gradient(fa3: ModuleType) -> None:
     q, cache = draw(1, 1, 2, 16).requires_grad_(), draw(1, 8, 2, 16)
     out = fa3.flash_attn_with_kvcache(q, cache, cache)
     assert not out.requires_grad
     torch.testing.assert_close(out, flashtile.flash_attn_func(q, cache, cache).detach())
+
+
+SEQUENCES = {
+    "dense": ((2, 9), (2, 7), {}),
+    "dense in part": ((2, 9), (2, 7), {"used_k": (5, 7)}),
+    "packed": ((9,), (11,), {"cu_q": (0, 4, 4, 9), "cu_k": (0, 6, 6, 11)}),
+    "packed in part": (
+        (9,), (11,),
+        {"cu_q": (0, 4, 4, 9), "cu_k": (0, 6, 6, 11), "used_q": (3, 0, 4), "used_k": (3, 0, 5)},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SEQUENCES)
+def test_halves_are_the_whole(fa3: ModuleType, name: str) -> None:
+    """Forward and backward apart, as ring attention and context parallelism join them."""
+    rows_q, rows_k, lengths = SEQUENCES[name]
+    q = draw(*rows_q, 4, 16).requires_grad_()
+    k, v = (draw(*rows_k, 2, dim).requires_grad_() for dim in (16, 8))
+    cu_q, cu_k, used_q, used_k = (
+        ints(*lengths[x]) if x in lengths else None for x in ("cu_q", "cu_k", "used_q", "used_k")
+    )
+    longest = (5, 6) if cu_q is not None else (None, None)
+    where = (cu_q, cu_k, used_q, used_k, *longest)
+    band = {"softmax_scale": 0.3, "window_size_left": 4, "window_size_right": 0, "softcap": 5.0}
+    out, lse, *rest = fa3._flash_attn_forward(
+        q, k, v, None, None, None, None, cu_q, cu_k, None, *where[2:], causal=True, **band
+    )
+    assert [x.numel() for x in rest] == [0, 0]
+    into = torch.empty_like(out)
+    with torch.no_grad():
+        fa3._flash_attn_forward(
+            q, k, v, None, None, None, into, cu_q, cu_k, None, *where[2:], causal=True, **band
+        )
+    assert into.equal(out)
+    dout = draw(*out.shape)
+    found = [torch.full_like(x, torch.nan) for x in (q, k, v)]
+    softmax_d = fa3._flash_attn_backward(
+        dout, q, k, v, out.detach(), lse.detach(), *where, *found, is_causal=True, **band
+    )
+    assert softmax_d.shape == ((2, 4, 128) if cu_q is None else (4, 9 + 3 * 128))
+    for x, wanted in zip(found, torch.autograd.grad(out, (q, k, v), dout), strict=True):
+        torch.testing.assert_close(x, wanted)
+    if "part" not in name:
+        public = fa3.flash_attn_func if cu_q is None else fa3.flash_attn_varlen_func
+        extra = () if cu_q is None else (cu_q, cu_k, *longest)
+        whole = public(
+            q, k, v, *extra, softmax_scale=0.3, causal=True, window_size=(4, 0), softcap=5.0
+        )
+        torch.testing.assert_close(out, whole)
+
+
+def test_forward_half_appends(fa3: ModuleType) -> None:
+    """Pages of packed queries, then an append: Megatron's calls."""
+    pages, q, lengths = draw(6, 4, 2, 16), draw(5, 4, 16), ints(3, 6)
+    table, cu = ints(4, 0, 2, 1).view(2, 2), ints(0, 3, 5)
+    found, *_ = fa3._flash_attn_forward(
+        q, pages, pages, None, None, None, None, cu, None, None, None, lengths, 3, 8,
+        page_table=table, causal=True,
+    )  # fmt: skip
+    wanted = flashtile.flash_attn_with_kvcache(
+        q, pages, pages, cache_seqlens=lengths, block_table=table, causal=True, cu_seqlens_q=cu
+    )
+    torch.testing.assert_close(found, wanted)
+    caches = [draw(2, 8, 2, 16), draw(2, 8, 2, 16) + 1.0]
+    ours = [x.clone() for x in caches]
+    q, new = draw(2, 1, 4, 16), draw(2, 1, 2, 16)
+    found, lse, *_ = fa3._flash_attn_forward(q, *caches, new, new, seqused_k=lengths)
+    wanted, exact_lse = flashtile.flash_attn_with_kvcache(
+        q, *ours, new, new, cache_seqlens=lengths, return_softmax_lse=True
+    )
+    for x, y in zip((found, lse, *caches), (wanted, exact_lse, *ours), strict=True):
+        torch.testing.assert_close(x, y)
+
+
+def test_second_name(fa3: ModuleType) -> None:
+    """`flash_attn_3`, which Megatron and TransformerEngine import and transformers looks for."""
+    package = importlib.import_module("flash_attn_3")
+    assert int(package.__version__.split(".")[0]) == 3
+    again = importlib.import_module("flash_attn_3.flash_attn_interface")
+    for name in SIGNATURES:
+        assert getattr(package, name) is getattr(again, name) is getattr(fa3, name)
 
 
 def test_combine(fa3: ModuleType) -> None:
@@ -180,11 +294,18 @@ def test_what_is_not_computed_is_refused(fa3: ModuleType) -> None:
     q = draw(1, 4, 2, 16)
     with pytest.raises(ValueError, match=r"attention_chunk is 2; it must be 0"):
         fa3.flash_attn_func(q, q, q, attention_chunk=2)
-    for name in ("qv", "q_descale", "k_descale", "v_descale"):
-        with pytest.raises(ValueError, match=f"{name} is given; it must be None"):
-            fa3.flash_attn_func(q, q, q, **{name: q})
+    with pytest.raises(ValueError, match="qv is given; it must be None"):
+        fa3.flash_attn_func(q, q, q, qv=q)
+    with pytest.raises(ValueError, match="k_descale is given; it must be None"):
+        fa3.flash_attn_func(q, *[q.to(torch.float8_e4m3fn)] * 2, k_descale=torch.ones(1, 2))
+    with pytest.raises(TypeError, match=r"q has dtype torch\.float8_e4m3fn"):
+        fa3.flash_attn_func(*[q.to(torch.float8_e4m3fn)] * 3, q_descale=torch.ones(1, 2))
     with pytest.raises(ValueError, match="qv is given"):
         fa3.flash_attn_with_kvcache(q, q, q, qv=q)
+    with pytest.raises(ValueError, match="seqused_q is given"):
+        fa3._flash_attn_forward(q, q, q, seqused_q=ints(3))
+    with pytest.raises(ValueError, match="sequed_q is given"):
+        fa3._flash_attn_backward(q, q, q, q, q, q[..., 0], sequed_q=ints(3))
     for heads in (None, 0, 2):
         with pytest.raises(ValueError, match=r"num_heads_q is|qkv has 2 heads"):
             fa3.flash_attn_qkvpacked_func(q, num_heads_q=heads)

@@ -18,6 +18,8 @@ MODULES = (
     "flash_attn.flash_attn_interface",
     "flash_attn.layers",
     "flash_attn.layers.rotary",
+    "flash_attn_3",
+    "flash_attn_3.flash_attn_interface",
     "flash_attn_interface",
 )
 

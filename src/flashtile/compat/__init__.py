@@ -1,8 +1,8 @@
 """Drop-in modules for code that was written against other attention packages.
 
 `install()` puts `flashtile.compat.flash_attn` under the name `flash_attn` in `sys.modules`, and
-`flashtile.compat.flash_attn_interface` under FlashAttention-3's `flash_attn_interface`, so that
-imports of these and everything below them find flashtile. Nothing happens until it is called.
+`flashtile.compat.flash_attn_interface` and `flash_attn_3` under FlashAttention-3's two names, so
+that imports of these and everything below them find flashtile. Nothing happens until it is called.
 Code that asks package metadata (`importlib.metadata.version("flash-attn")`) instead of importing
 sees no change: only a distribution of that name could answer it.
 """
@@ -15,18 +15,18 @@ from types import ModuleType
 
 __all__ = ["install", "uninstall"]
 
-_NAMES = ("flash_attn", "flash_attn_interface")
+_NAMES = ("flash_attn", "flash_attn_interface", "flash_attn_3")
 _MODULES = (
     "flash_attn.flash_attn_interface", "flash_attn.bert_padding", "flash_attn.layers.rotary",
-    "flash_attn_interface",
+    "flash_attn_interface", "flash_attn_3.flash_attn_interface",
 )  # fmt: skip
 
 _displaced: dict[str, ModuleType] = {}
 
 
 def install(force: bool = False) -> None:
-    """Let `import flash_attn` and `import flash_attn_interface` find flashtile. Doing it twice
-    changes nothing.
+    """Let `import flash_attn`, `flash_attn_interface` and `flash_attn_3` find flashtile. Doing it
+    twice changes nothing.
 
     Raises RuntimeError if another module of such a name is imported already, since its functions
     may be held by modules that imported them; with `force` it is set aside for later imports, and

@@ -135,9 +135,7 @@ def bwd(
         alibi_slopes=alibi_slopes, deterministic=deterministic,
     )  # fmt: skip
     call = _with_dropout(call, p_dropout, rng_state)
-    dq, dk, dv = _backward(call, dout, out, softmax_lse, (dq, dk, dv))
-    softmax_d = _dot_rows(dout, out, p_dropout).transpose(1, 2)
-    return Backward(dq, dk, dv, F.pad(softmax_d, (0, -softmax_d.shape[-1] % 128)))
+    return gradients(call, dout, out, softmax_lse, (dq, dk, dv))
 
 
 def varlen_bwd(
@@ -177,9 +175,7 @@ def varlen_bwd(
         cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
     )  # fmt: skip
     call = _with_dropout(call, p_dropout, rng_state)
-    dq, dk, dv = _backward(call, dout, out, softmax_lse, (dq, dk, dv))
-    softmax_d = _varlen_softmax_d(_dot_rows(dout, out, p_dropout), cu_seqlens_q)
-    return Backward(dq, dk, dv, softmax_d)
+    return gradients(call, dout, out, softmax_lse, (dq, dk, dv))
 
 
 def fwd_kvcache(
@@ -260,6 +256,18 @@ def _with_dropout(call: Call, p_dropout: float, rng_state: Tensor | None) -> Cal
     )
 
 
+def gradients(
+    call: Call, dout: Tensor, out: Tensor, lse: Tensor, into: tuple[Tensor | None, ...]
+) -> Backward:
+    """The gradients of a call, in the given tensors where there are any."""
+    dq, dk, dv = _backward(call, dout, out, lse, into)
+    dots = (dout.float() * out.float()).sum(-1) * (1.0 - call.variant.dropout_p)
+    if (cu_seqlens_q := call.sequences.cu_seqlens_q) is not None:
+        return Backward(dq, dk, dv, _varlen_softmax_d(dots, cu_seqlens_q))
+    softmax_d = dots.transpose(1, 2)
+    return Backward(dq, dk, dv, F.pad(softmax_d, (0, -softmax_d.shape[-1] % 128)))
+
+
 def _backward(
     call: Call, dout: Tensor, out: Tensor, lse: Tensor, into: tuple[Tensor | None, ...]
 ) -> list[Tensor]:
@@ -278,11 +286,6 @@ def _backward(
             grad if given is None else given.copy_(grad)
             for grad, given in zip(grads, into, strict=True)
         ]
-
-
-def _dot_rows(dout: Tensor, out: Tensor, p_dropout: float) -> Tensor:
-    """(..., heads) fp32."""
-    return (dout.float() * out.float()).sum(-1) * (1.0 - p_dropout)
 
 
 def _varlen_softmax_d(dots: Tensor, cu_seqlens_q: Tensor) -> Tensor:
