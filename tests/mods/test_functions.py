@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+from copy import deepcopy
 from typing import Any
 
 import pytest
@@ -10,6 +12,7 @@ from torch import Tensor
 
 from flashtile import MaskFunction, ScoreFunction, flash_attn_func
 from flashtile.api import normalise
+from flashtile.mods import functions
 from flashtile.testing import Case, assert_matches_reference
 
 
@@ -49,6 +52,33 @@ CASES = [
 def test_matches_reference(case: Case) -> None:
     assert_matches_reference(case.draw(1))
     assert_matches_reference(case.draw(2, torch.float64))
+
+
+def _parity(at: Any, args: tuple[Tensor, ...]) -> Tensor:
+    return (at.q_idx + at.k_idx + args[0][0]) % 2 == 0
+
+
+def test_pickle_means_the_same_in_another_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, mask_mod = torch.randn(2, 20, 4, 16), _mask_mod()
+    wanted = flash_attn_func(q, q, q, mask_mod=mask_mod)
+    data = pickle.dumps(mask_mod)
+    monkeypatch.setattr(functions, "_known", [])
+    monkeypatch.setattr(functions, "_handles", {})
+    while len(functions._known) < mask_mod.handle:  # the last has the handle of the other process
+        other = MaskFunction(object(), mask_mod.args, eager=_parity)
+    assert other.handle == mask_mod.handle
+    found = flash_attn_func(q, q, q, mask_mod=pickle.loads(data))
+    torch.testing.assert_close(found, wanted)
+
+
+def test_deep_copy_shares_functions_and_copies_tensors() -> None:
+    # A module can be copied no more than Triton's functions can.
+    score_mod = ScoreFunction(torch, torch, (torch.ones(4),), (_score, _slope))
+    copied = deepcopy(score_mod)
+    assert copied.fn is score_mod.fn
+    assert copied.handle == score_mod.handle
+    assert copied.args[0] is not score_mod.args[0]
+    torch.testing.assert_close(copied.args[0], score_mod.args[0])
 
 
 def test_compiles_in_one_graph() -> None:

@@ -8,8 +8,8 @@ handle, which means something in this process alone.
 from __future__ import annotations
 
 from collections.abc import Callable
-from copy import copy
-from dataclasses import dataclass, field, replace
+from copy import deepcopy
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -32,8 +32,21 @@ def place(tile: Tile, heads: int, device: torch.device) -> At:
     )  # fmt: skip
 
 
+class _Copied:
+    """Deep copies and pickles are made anew of what they were made of: functions stay the same
+    objects, and the handle is that of the process that reads the pickle."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        made_of = (getattr(self, x.name) for x in fields(self) if x.init)  # type: ignore[arg-type]
+        return type(self), tuple(made_of)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        made_of: Any = self
+        return replace(made_of, args=deepcopy(made_of.args, memo))
+
+
 @dataclass(frozen=True)
-class ScoreFunction:
+class ScoreFunction(_Copied):
     """A score mod: scores become fn(score), elementwise, after softcap, ALiBi and bias.
 
     Args:
@@ -66,7 +79,7 @@ class ScoreFunction:
 
 
 @dataclass(frozen=True)
-class MaskFunction:
+class MaskFunction(_Copied):
     """A mask: a query sees the keys for which fn is true, of those that other masks leave.
 
     Args:
@@ -104,8 +117,8 @@ def _handle(function: ScoreFunction | MaskFunction, parts: tuple[Any, ...]) -> i
     """The number of a combination of functions, the same whenever it comes again."""
     key = (type(function).__name__, len(function.args), *map(id, _leaves(parts)))
     if key not in _handles:
-        bare = copy(function)
-        object.__setattr__(bare, "args", ())
+        bare = object.__new__(type(function))
+        vars(bare).update(vars(function), args=())
         _known.append(_Known(bare, len(function.args)))
         _handles[key] = len(_known)
     return _handles[key]
