@@ -71,6 +71,16 @@ TYPE_ERRORS: list[tuple[Any, str]] = [
     (lambda: cached(cache_seqlens=3.5), "cache_seqlens is a float; it must be an int or an int32"),
     (lambda: cached(cache_seqlens=[3, 4]), "cache_seqlens is a list; it must be an int or"),
     (lambda: combine(lse=torch.ones(2, 8).int()), "they must be floating"),
+    (lambda: combine(out_dtype=torch.int32), "out_dtype is torch.int32; it must be a floating"),
+    (lambda: combine(out_dtype=3), "out_dtype is 3; it must be a floating torch.dtype"),
+    (lambda: dense(window_size=("a", 0)), "window_size is ('a', 0); its sides must be ints"),
+    (lambda: dense(softmax_scale=[0.3]), "softmax_scale is [0.3]; it must be a number"),
+    (lambda: dense(softcap=None), "softcap is None; it must be a number"),
+    (lambda: dense(dropout_p="high"), "dropout_p is 'high'; it must be a number"),
+    (lambda: dense(document_ids=3), "document_ids is a int; it must be a tensor or a pair"),
+    (lambda: dense(q=Q.to_sparse()), "q has layout torch.sparse_coo; it must be torch.strided"),
+    (lambda: varlen(max_seqlen_q=7.0), "max_seqlen_q is a float; it must be an int"),
+    (lambda: varlen(max_seqlen_k="7"), "max_seqlen_k is a str; it must be an int"),
 ]
 
 VALUE_ERRORS: list[tuple[Any, str]] = [
@@ -209,6 +219,15 @@ VALUE_ERRORS: list[tuple[Any, str]] = [
         lambda: combine(torch.randn(0, 8, 16), torch.randn(0, 8)),
         "out_partial has 0 splits; it must",
     ),
+    (
+        lambda: combine(lse=torch.randn(2, 8, device="meta")),
+        "lse_partial is on meta; out_partial is on cpu",
+    ),
+    (lambda: combine(out=torch.empty(8, 16, device="meta")), "out is on meta; out_partial is on"),
+    (
+        lambda: combine(out=torch.empty(1, 16).expand(8, 16)),
+        "out has shape (8, 16) and strides (0, 1); to be written to",
+    ),
     (lambda: combine(out=torch.empty(7, 16)), "out is torch.float32 of shape (7, 16); it must be"),
 ]
 
@@ -247,12 +266,16 @@ def angles(positions: int, half: int) -> dict[str, Tensor]:
 
 
 def combine(
-    out_partial: Tensor | None = None, lse: Tensor | None = None, out: Tensor | None = None
+    out_partial: Tensor | None = None,
+    lse: Tensor | None = None,
+    out: Tensor | None = None,
+    out_dtype: Any = None,
 ) -> Any:
     return flashtile.flash_attn_combine(
         torch.randn(2, 8, 16) if out_partial is None else out_partial,
         torch.randn(2, 8) if lse is None else lse,
         out,
+        out_dtype,
     )
 
 

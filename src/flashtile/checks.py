@@ -6,6 +6,7 @@ Every error names the argument, its value and the limit. They are traceable by t
 from __future__ import annotations
 
 import math
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -28,6 +29,8 @@ def check_call(call: Call) -> None:
 def is_tensor(name: str, x: object, rank: int | None = None) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} is a {type(x).__name__}; it must be a torch.Tensor")
+    if x.layout != torch.strided:
+        raise TypeError(f"{name} has layout {x.layout}; it must be torch.strided")
     if rank is not None and x.dim() != rank:
         raise ValueError(f"{name} has shape {tuple(x.shape)}; it must have {rank} dimensions")
 
@@ -54,6 +57,12 @@ def same_device(name: str, x: Tensor, q: Tensor) -> None:
         raise ValueError(f"{name} is on {x.device}; q is on {q.device}")
 
 
+def autocasts(x: Tensor) -> bool:
+    """Whether autocast is on where x is; on some devices, such as meta, there is none."""
+    kind = x.device.type
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+
+
 def int32(name: str, x: Tensor | None, q: Tensor, shape: tuple[int, ...]) -> None:
     """Check an optional index tensor. -1 in `shape` is any size."""
     if x is None:
@@ -78,7 +87,7 @@ def _check_types(call: Call) -> None:
         same_device(name, x, q)
     if k.dtype == v.dtype == E4M3 and q.dtype != torch.float64:
         return
-    if not (q.dtype == k.dtype == v.dtype) and not torch.is_autocast_enabled(q.device.type):
+    if not (q.dtype == k.dtype == v.dtype) and not autocasts(q):
         raise TypeError(
             f"q, k and v have dtypes {q.dtype}, {k.dtype} and {v.dtype}; they must agree"
         )
@@ -131,8 +140,11 @@ def _check_sequences(call: Call) -> None:
             if getattr(seqs, name) is not None:
                 raise ValueError(f"{name} and block_table are given; they exclude each other")
     for name in ("max_seqlen_q", "max_seqlen_k"):
-        if getattr(seqs, name) < UNBOUNDED:
-            raise ValueError(f"{name} is {getattr(seqs, name)}; it must be at least 0")
+        longest = getattr(seqs, name)
+        if not isinstance(longest, Integral | torch.SymInt):
+            raise TypeError(f"{name} is a {type(longest).__name__}; it must be an int")
+        if longest < UNBOUNDED:
+            raise ValueError(f"{name} is {longest}; it must be at least 0")
 
 
 def _check_features(call: Call) -> None:

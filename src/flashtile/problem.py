@@ -312,13 +312,26 @@ def window_sides(window_size: tuple[int | None, int | None], causal: bool) -> tu
         raise TypeError(f"window_size is {window_size!r}; it must be a pair (left, right)")
     if any(isinstance(side, float) for side in window_size):
         raise TypeError(f"window_size is {window_size!r}; its sides must be ints or None")
-    left, right = (UNBOUNDED if side is None else int(side) for side in window_size)
+    try:
+        left, right = (UNBOUNDED if side is None else int(side) for side in window_size)
+    except (TypeError, ValueError):
+        raise TypeError(f"window_size is {window_size!r}; its sides must be ints or None") from None
     return left, 0 if causal and right >= UNBOUNDED else right
 
 
 def scale_or_default(softmax_scale: float | None, q: Tensor) -> float:
     """softmax_scale, or 1/sqrt(head_dim)."""
-    return float(max(1, q.shape[-1])) ** -0.5 if softmax_scale is None else float(softmax_scale)
+    if softmax_scale is None:
+        return float(max(1, q.shape[-1])) ** -0.5
+    return as_float("softmax_scale", softmax_scale)
+
+
+def as_float(name: str, x: Any) -> float:
+    """A scalar argument: a number, or a tensor that holds one."""
+    try:
+        return float(x)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} is {x!r}; it must be a number") from None
 
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

@@ -148,6 +148,8 @@ TYPES: list[tuple[dict[str, Any], str]] = [
         "block_table has dtype torch.int64; it must be torch.int32",
     ),
     (given(**ROTARY, rotary_seqlens=ints(1, 2).long()), "rotary_seqlens has dtype torch.int64; it"),
+    (given(rotary_cos=3, rotary_sin=torch.rand(16, 4)), "rotary_cos is a int; it must be"),
+    (given(**ROTARY, rotary_seqlens=[1, 2]), "rotary_seqlens is a list; it must be a torch.Tensor"),
     (given(tree_mask=torch.ones(3, 3)), "tree_mask has dtype torch.float32; it must be torch.bool"),
     (quantised(k_descale=torch.ones(2).double()), "k_descale has dtype torch.float64; it must be"),
     (quantised(k=torch.randn(2, 3, 2, 16).half()), "k has dtype torch.float16; q has"),
@@ -155,6 +157,13 @@ TYPES: list[tuple[dict[str, Any], str]] = [
     (given(prefix=PREFIX[0]), "prefix is a Tensor; it must be a pair of tensors"),
     (given(prefix=(PREFIX[0].half(), PREFIX[1])), "prefix K has dtype torch.float16; q has"),
 ]  # fmt: skip
+
+
+def test_shapes_are_inferred_on_meta_tensors() -> None:
+    """Where there is no autocast to ask for."""
+    keywords = {n: x.to("meta") if isinstance(x, Tensor) else x for n, x in given().items()}
+    out, lse = flash_attn_with_kvcache(**keywords, causal=True, return_softmax_lse=True)
+    assert (out.device.type, out.shape, lse.shape) == ("meta", (2, 3, 4, 16), (2, 4, 3))
 
 
 @pytest.mark.parametrize(

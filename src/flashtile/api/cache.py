@@ -131,7 +131,8 @@ def flash_attn_with_kvcache(
         checks.is_tensor(name, x, 3 if name == "q" and cu_seqlens_q is not None else 4)
     if cu_seqlens_q is not None:
         checks.is_tensor("cu_seqlens_q", cu_seqlens_q, 1)
-    if torch.is_autocast_enabled(q.device.type) and k_cache.dtype != E4M3:
+    casts = checks.autocasts(q) and k_cache.dtype != E4M3
+    if casts:
         q = q.to(k_cache.dtype)
         k, v = (x if x is None else x.to(k_cache.dtype) for x in (k, v))
     if k is not None:
@@ -145,12 +146,11 @@ def flash_attn_with_kvcache(
         block_table=block_table, cache_batch_idx=cache_batch_idx, cache_leftpad=cache_leftpad,
         num_splits=num_splits, split_size=split_size,
     )  # fmt: skip
-    new = NewTokens(k, v, *parts[2:], rotary_interleaved)
+    new = NewTokens(k, v, *parts[2:], bool(rotary_interleaved))
     check_new_tokens(call, new, cache_seqlens)
     appends = k is not None or prefix is not None
     if not appends:
-        quantized = call.quantized
-        with nullcontext() if quantized else torch.autocast(q.device.type, enabled=False):
+        with torch.autocast(q.device.type, enabled=False) if casts else nullcontext():
             found = attend(call, out=out, return_lse=True)
     else:
         if out is not None:
@@ -236,6 +236,12 @@ def flash_attn_combine(
             f"out_partial and lse_partial have dtypes {out_partial.dtype} and {lse_partial.dtype}; "
             "they must be floating"
         )
+    if lse_partial.device != out_partial.device:
+        raise ValueError(
+            f"lse_partial is on {lse_partial.device}; out_partial is on {out_partial.device}"
+        )
+    if out_dtype is not None and out_dtype not in FLOATING:
+        raise TypeError(f"out_dtype is {out_dtype}; it must be a floating torch.dtype")
     if out_partial.dim() < 2 or out_partial.shape[:-1] != lse_partial.shape:
         raise ValueError(
             f"lse_partial has shape {tuple(lse_partial.shape)}; it must be out_partial's "
@@ -264,6 +270,9 @@ def _check_merged(out: Tensor, out_partial: Tensor, out_dtype: torch.dtype | Non
     checks.is_tensor("out", out)
     if out.dtype not in FLOATING:
         raise TypeError(f"out has dtype {out.dtype}; it must be floating")
+    if out.device != out_partial.device:
+        raise ValueError(f"out is on {out.device}; out_partial is on {out_partial.device}")
+    checks.is_writable("out", out)
     if out.shape != out_partial.shape[1:] or (out_dtype is not None and out.dtype != out_dtype):
         raise ValueError(
             f"out is {out.dtype} of shape {tuple(out.shape)}; it must be "

@@ -18,6 +18,7 @@ from flashtile.problem import (
     Operands,
     Sequences,
     Variant,
+    as_float,
     latent,
     scale_or_default,
     window_sides,
@@ -75,8 +76,9 @@ def normalise(
         operands,
         Sequences(max_seqlen_q=longest[0], max_seqlen_k=longest[1], **where),
         Variant(
-            scale_or_default(softmax_scale, q), left, right, float(softcap), float(dropout_p),
-            deterministic or torch.are_deterministic_algorithms_enabled(),
+            scale_or_default(softmax_scale, q), left, right, as_float("softcap", softcap),
+            as_float("dropout_p", dropout_p),
+            bool(deterministic) or torch.are_deterministic_algorithms_enabled(),
             0 if score_mod is None else score_mod.handle,
             0 if mask_mod is None else mask_mod.handle,
             num_splits, split_size, latent(k, v),
@@ -151,6 +153,8 @@ def _three_dims(x: Tensor | None) -> Tensor | None:
 def _document_pair(ids: Documents | None) -> tuple[Tensor | None, Tensor | None]:
     if ids is None or isinstance(ids, Tensor):
         return ids, ids
+    if not isinstance(ids, tuple | list):
+        raise TypeError(f"document_ids is a {type(ids).__name__}; it must be a tensor or a pair")
     if len(ids) != 2:
         raise ValueError(f"document_ids has {len(ids)} entries; it must be a tensor or a pair")
     return ids[0], ids[1]

@@ -45,6 +45,7 @@ def check_new_tokens(call: Call, new: NewTokens, cache_seqlens: int | Tensor | N
         return
     _check_append(call, new, cache_seqlens)
     _check_rotary(call, new)
+    _refuse_gradients(call, new, "appending to a cache")
 
 
 def _check_append(call: Call, new: NewTokens, cache_seqlens: int | Tensor | None) -> None:
@@ -74,7 +75,6 @@ def _check_append(call: Call, new: NewTokens, cache_seqlens: int | Tensor | None
             f"cache_seqlens is {cache_seqlens} with {count} new tokens; "
             f"the cache holds {call.seqlen_k}"
         )
-    _refuse_gradients(call, new, "appending to a cache")
 
 
 def _refuse_gradients(call: Call, new: NewTokens, what: str) -> None:
