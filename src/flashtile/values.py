@@ -32,8 +32,10 @@ def check(call: Call) -> None:
     _check_masks(call, keys)
     _check_used("seqused_q", seqs.seqused_q, seqs.cu_seqlens_q, call.seqlen_q)
     room = seqs.cu_seqlens_k if not paged else None
-    name = "seqused_k" if call.varlen else "cache_seqlens"
-    _check_used(name, seqs.seqused_k, room, call.seqlen_k, "block_table" if paged else "k")
+    rows = operands.k.dim() == 4 and not paged  # of a cache, whatever the queries are
+    name = "cache_seqlens" if rows or not call.varlen else "seqused_k"
+    holder = "k_cache" if rows else "block_table" if paged else "k"
+    _check_used(name, seqs.seqused_k, room, call.seqlen_k, holder)
     _check_used("cache_leftpad", seqs.cache_leftpad, None, call.seqlen_k)
     _check_rows(call)
     if paged:

@@ -72,6 +72,15 @@ VALUES: list[tuple[dict[str, Any], str]] = [
     ),
     (given(cache_seqlens=14), "cache_seqlens is 14 with 3 new tokens; the cache holds 16"),
     (given(cache_seqlens=-1), "cache_seqlens is -1 with 3 new tokens; the cache holds 16"),
+    (given(cache_seqlens=ints(5)), "cache_seqlens has shape (1,); it must be (2,)"),
+    (
+        given(k=None, v=None, cache_seqlens=ints(5, 17)),
+        "cache_seqlens[1] is 17; it must be in [0, 16], what k_cache holds",
+    ),
+    (
+        packed(k=None, v=None, cu_seqlens_k_new=None, cache_seqlens=ints(5, 17)),
+        "cache_seqlens[1] is 17; it must be in [0, 16], what k_cache holds",
+    ),
     (given(k=None, v=None, cache_seqlens=17), "cache_seqlens is 17; the cache holds 16"),
     (
         packed(cache_seqlens=ints(5, 14)),

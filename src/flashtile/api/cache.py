@@ -185,8 +185,9 @@ def _lengths(cache_seqlens: int | Tensor | None, call: Sequence[Tensor | None]) 
     q, k_cache, cu_seqlens_q, block_table = call
     assert q is not None
     assert k_cache is not None
+    batch = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
     if isinstance(cache_seqlens, Tensor):
-        checks.int32("cache_seqlens", cache_seqlens, q, (-1,))
+        checks.int32("cache_seqlens", cache_seqlens, q, (batch,))
     if isinstance(cache_seqlens, Tensor) or (cache_seqlens is None and cu_seqlens_q is None):
         return cache_seqlens
     if cache_seqlens is None:
@@ -196,7 +197,6 @@ def _lengths(cache_seqlens: int | Tensor | None, call: Sequence[Tensor | None]) 
         raise TypeError(f"cache_seqlens is a {kind}; it must be an int or an int32 tensor")
     if cache_seqlens >= 2**31:
         raise ValueError(f"cache_seqlens is {cache_seqlens}; it must be less than 2^31")
-    batch = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
     return torch.full((batch,), cache_seqlens, dtype=torch.int32, device=q.device)
 
 
