@@ -127,7 +127,7 @@ def test_the_last_part_of_a_tile_merges(
     counter = torch.zeros(programs, dtype=torch.int32)
     tile = decode._tile
     monkeypatch.setattr(decode, "_tile", lambda *given: replace(tile(*given), alone=True))
-    monkeypatch.setattr(decode, "counters", lambda *_: counter)
+    monkeypatch.setattr(decode, "counters_beside", lambda *_: counter)
     torch.manual_seed(len(lengths))
     caches, keywords = _cache(lengths, 150)
     keywords |= {"causal": True, "learnable_sink": torch.randn(HEADS)}

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import torch
 from torch import Tensor
+
+from flashtile.backends.replays import make
 
 LAUNCHES = 4096
 """Streams and captured launches that find their counters cleared beforehand."""
@@ -13,6 +16,11 @@ LAUNCHES = 4096
 _of_stream: dict[tuple[int, int, int], Tensor] = {}
 _spare: dict[tuple[int, int], list[Tensor]] = {}
 _cleared: list[Tensor] = []  # graphs outlive what holds their counters
+
+
+def counters_beside(x: Tensor, count: int) -> Tensor:
+    """`counters` of a launch on x's device, found again whenever the call is replayed."""
+    return make(partial(counters, x.device.type, x.get_device(), count))
 
 
 def counters(kind: str, device: int, count: int) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from flashtile import config as switches
 from flashtile.backends import hopper_decode, operands
-from flashtile.backends.counters import counters
+from flashtile.backends.counters import counters_beside
 from flashtile.backends.hopper import MOST_UNIT
 from flashtile.backends.launch import Launch, processors, run
 from flashtile.backends.operands import as_bytes, row_view, token_view
@@ -24,7 +24,6 @@ from flashtile.kernels.views import TokenView
 from flashtile.plan import Plan
 from flashtile.problem import Call
 from flashtile.quantize import scaled_by_token
-from flashtile.tiles import padded_dims
 
 MOST_PROGRAMS = 2**20
 """Of a launch whose parts the caller has fixed; with more parts a program does several."""
@@ -108,11 +107,8 @@ def _bytes(x: Tensor) -> TokenView:
 
 def _tile(call: Call, config: DecodeConfig, nvidia: bool) -> DecodeTile:
     q, k, v = call.operands[:3]
-    parted = bool(call.variant.split_size or call.variant.num_splits)
-    several = config.programs_per_sm * processors(q.device) // k.shape[-2] + 1  # of one sequence
-    elements = several * _rows(call, config.block_m) * padded_dims(v.shape[-1], v.shape[-1])[1]
     k_scale, v_scale = call.operands.k_descale, call.operands.v_descale
-    return DecodeTile(
+    tile = DecodeTile(
         config.block_m, config.block_n, q.shape[-1], v.shape[-1],
         "tf32" if switches.allow_tf32 else "ieee",
         page_size=k.shape[1] if call.sequences.block_table is not None else 0,
@@ -120,9 +116,24 @@ def _tile(call: Call, config: DecodeConfig, nvidia: bool) -> DecodeTile:
         scaled_keys=scaled_by_token(k_scale, k, call.batch),
         scaled_values=scaled_by_token(v_scale, v, call.batch),
         latent=call.variant.latent, pairs=call.quantized,
-        # A merge in registers that are bounded spills in the loop over keys.
-        alone=nvidia and not parted and config.max_registers is None and elements <= MOST_ALONE,
     )  # fmt: skip
+    return replace(tile, alone=nvidia and _merges_alone(call, config, tile))
+
+
+def _merges_alone(call: Call, config: DecodeConfig, tile: DecodeTile) -> bool:
+    """Whether one program merges the parts of a tile. In registers that are bounded it would spill
+    in the loop over keys."""
+    parted = call.variant.split_size or call.variant.num_splits
+    if parted or config.max_registers is not None:
+        return False
+    several = _at_once(call, config) // call.operands.k.shape[-2] + 1  # of one sequence
+    elements = several * operands.rows_of_a_tile(call, tile.block_m) * tile.padded_v
+    return elements <= MOST_ALONE
+
+
+def _at_once(call: Call, config: DecodeConfig) -> int:
+    """Programs that the GPU holds."""
+    return config.programs_per_sm * processors(call.operands.q.device)
 
 
 def _work(
@@ -131,7 +142,7 @@ def _work(
     """The grid, and how it shares the work."""
     q, variant, cut, size = call.operands.q, call.variant, None, None
     kv_heads = call.operands.k.shape[-2]
-    at_once = grid = config.programs_per_sm * processors(q.device)
+    at_once = grid = _at_once(call, config)
     blocks = -(-call.seqlen_k // tile.block_n)
     slots = 2 * grid
     if variant.split_size:
@@ -144,11 +155,11 @@ def _work(
     if cut is not None and size is not None:
         slots = _tiles(call, tile.block_m) * max(1, cuts)
         grid = at_once * -(-min(MOST_PROGRAMS, slots) // at_once)
-    rows = _rows(call, tile.block_m)
+    rows = operands.rows_of_a_tile(call, tile.block_m)
     shape = slots, rows
     counter = None
     if tile.alone:
-        counter = make(partial(counters, q.device.type, q.get_device(), grid))
+        counter = counters_beside(q, grid)
     return grid, kernels.Work(
         opaque(grid), opaque(kv_heads), opaque(rows),
         parts.Parts(*workspace(
@@ -159,12 +170,6 @@ def _work(
         cut, None if size is None else opaque(size),
         _widening(call, nvidia),
     )  # fmt: skip
-
-
-def _rows(call: Call, block_m: int) -> int:
-    """Of a tile, that may hold a query."""
-    q, kv_heads = call.operands.q, call.operands.k.shape[-2]
-    return min(block_m, call.seqlen_q * q.shape[-2] // kv_heads)
 
 
 def _widening(call: Call, nvidia: bool) -> Any:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 
 import torch
 from torch import Tensor
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from flashtile.backends import blocklists, counters, operands, triton
+from flashtile.backends import blocklists, operands, triton
+from flashtile.backends.counters import counters_beside
 from flashtile.backends.hopper_backward import backward, ragged_k, ragged_q, variant_with
 from flashtile.backends.launch import Launch, processors, run
 from flashtile.backends.operands import row_view
-from flashtile.backends.replays import empty, make
+from flashtile.backends.replays import empty
 from flashtile.backends.tensormaps import (
     folds,
     mapped,
@@ -156,7 +156,7 @@ def _work(call: Call, tile: HopperTile) -> Work:
         group = q.shape[-2] // k.shape[-2]
         together = heads_in_l2(pairs // group, L2_BYTES // max(1, per_head)) * group
     row_tiles = -(-call.seqlen_q // tile.block_m)
-    counter = make(partial(counters.counters, q.device.type, q.get_device(), 2))
+    counter = counters_beside(q, 2)
     return Work(counter, opaque(row_tiles), opaque(pairs), opaque(min(together, pairs)))
 
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 
 import torch
 from torch import Tensor
 
 from flashtile.backends import operands
-from flashtile.backends.counters import counters
+from flashtile.backends.counters import counters_beside
 from flashtile.backends.hopper import key_maps
 from flashtile.backends.launch import Launch, processors
 from flashtile.backends.operands import row_view, token_view
@@ -65,8 +64,8 @@ def _as_pairs(x: Tensor) -> Tensor:
 
 def _work(call: Call, tile: HopperDecodeTile, grid: int) -> kernels.Work:
     q, kv_heads = call.operands.q, call.operands.k.shape[-2]
-    rows = min(tile.block_m, call.seqlen_q * q.shape[-2] // kv_heads)
-    counter = make(partial(counters, q.device.type, q.get_device(), grid))
+    rows = operands.rows_of_a_tile(call, tile.block_m)
+    counter = counters_beside(q, grid)
     shape = rows, 2 * grid
     outs, lses = workspace(q, ((*shape, tile.padded_v), torch.float32), (shape, torch.float32))
     return kernels.Work(opaque(kv_heads), Parts(outs, lses, opaque(rows), counter))

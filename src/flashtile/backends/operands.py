@@ -49,6 +49,12 @@ def arguments(call: Call) -> Arguments:
     )  # fmt: skip
 
 
+def rows_of_a_tile(call: Call, block_m: int) -> int:
+    """Of a decode tile, at most: the queries of a KV head, as far as it holds them."""
+    q, kv_heads = call.operands.q, call.operands.k.shape[-2]
+    return min(block_m, call.seqlen_q * q.shape[-2] // kv_heads)
+
+
 def token_view(x: Tensor) -> views.TokenView:
     strides = x.stride()
     batch = strides[0] if len(strides) == 4 else 0
