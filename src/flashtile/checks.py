@@ -52,9 +52,9 @@ def packed(name: str, x: object, rank: int, parts: int) -> None:
         raise ValueError(f"{name} has shape {tuple(x.shape)}; dimension {rank - 3} must be {parts}")
 
 
-def same_device(name: str, x: Tensor, q: Tensor) -> None:
-    if x.device != q.device:
-        raise ValueError(f"{name} is on {x.device}; q is on {q.device}")
+def same_device(name: str, x: Tensor, other: Tensor, whose: str = "q") -> None:
+    if x.device != other.device:
+        raise ValueError(f"{name} is on {x.device}; {whose} is on {other.device}")
 
 
 def autocasts(x: Tensor) -> bool:

@@ -236,10 +236,7 @@ def flash_attn_combine(
             f"out_partial and lse_partial have dtypes {out_partial.dtype} and {lse_partial.dtype}; "
             "they must be floating"
         )
-    if lse_partial.device != out_partial.device:
-        raise ValueError(
-            f"lse_partial is on {lse_partial.device}; out_partial is on {out_partial.device}"
-        )
+    checks.same_device("lse_partial", lse_partial, out_partial, "out_partial")
     if out_dtype is not None and out_dtype not in FLOATING:
         raise TypeError(f"out_dtype is {out_dtype}; it must be a floating torch.dtype")
     if out_partial.dim() < 2 or out_partial.shape[:-1] != lse_partial.shape:
@@ -270,8 +267,7 @@ def _check_merged(out: Tensor, out_partial: Tensor, out_dtype: torch.dtype | Non
     checks.is_tensor("out", out)
     if out.dtype not in FLOATING:
         raise TypeError(f"out has dtype {out.dtype}; it must be floating")
-    if out.device != out_partial.device:
-        raise ValueError(f"out is on {out.device}; out_partial is on {out_partial.device}")
+    checks.same_device("out", out, out_partial, "out_partial")
     checks.is_writable("out", out)
     if out.shape != out_partial.shape[1:] or (out_dtype is not None and out.dtype != out_dtype):
         raise ValueError(

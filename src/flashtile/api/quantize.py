@@ -62,12 +62,12 @@ def _scales(x: Tensor, scale: Tensor) -> Tensor:
 
 def _check(name: str, x: Tensor, cache: Tensor, scale: Tensor, k: Tensor) -> None:
     checks.is_tensor(name, x, 4)
-    checks.same_device(name, x, k)
+    checks.same_device(name, x, k, "k")
     if x.dtype not in FLOATING:
         raise TypeError(f"{name} has dtype {x.dtype}; it must be float16, bfloat16 or wider")
     for what, other, dtype in (("cache", cache, E4M3), ("descale", scale, torch.float32)):
         checks.is_tensor(f"{name}_{what}", other)
-        checks.same_device(f"{name}_{what}", other, k)
+        checks.same_device(f"{name}_{what}", other, k, "k")
         if other.dtype != dtype:
             raise TypeError(f"{name}_{what} has dtype {other.dtype}; it must be {dtype}")
         checks.is_writable(f"{name}_{what}", other)
