@@ -66,6 +66,7 @@ TYPE_ERRORS: list[tuple[Any, str]] = [
     (lambda: dense(window_size=(1, 2, 3)), "window_size is (1, 2, 3); it must be a pair"),
     (lambda: dense(window_size=None), "window_size is None; it must be a pair"),
     (lambda: dense(window_size=(1.5, 0)), "window_size is (1.5, 0); its sides must be ints"),
+    (lambda: dense(window_size=(torch.tensor(1.5), 0)), "window_size is (tensor(1.5000), 0); its"),
     (lambda: cached(num_splits=None), "num_splits is a NoneType; it must be an int"),
     (lambda: cached(split_size=2.5), "split_size is a float; it must be an int"),
     (lambda: cached(cache_seqlens=3.5), "cache_seqlens is a float; it must be an int or an int32"),

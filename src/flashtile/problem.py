@@ -8,6 +8,7 @@ the scalar variant, in the order of the operator's schema. `describe` reduces a 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from operator import index
 from typing import Any, NamedTuple
 
 import torch
@@ -310,11 +311,9 @@ def window_sides(window_size: tuple[int | None, int | None], causal: bool) -> tu
     """FlashAttention's `window_size` and `causal` as (left, right), -1 where unbounded."""
     if not isinstance(window_size, tuple | list) or len(window_size) != 2:
         raise TypeError(f"window_size is {window_size!r}; it must be a pair (left, right)")
-    if any(isinstance(side, float) for side in window_size):
-        raise TypeError(f"window_size is {window_size!r}; its sides must be ints or None")
     try:
-        left, right = (UNBOUNDED if side is None else int(side) for side in window_size)
-    except (TypeError, ValueError):
+        left, right = (UNBOUNDED if side is None else index(side) for side in window_size)
+    except TypeError:
         raise TypeError(f"window_size is {window_size!r}; its sides must be ints or None") from None
     return left, 0 if causal and right >= UNBOUNDED else right
 
