@@ -15,8 +15,7 @@ from torch import Tensor
 
 import flashtile
 from flashtile.api.call import attend, normalise
-from flashtile.compat.flash_attn import extension
-from flashtile.compat.flash_attn.extension import window
+from flashtile.compat.flash_attn.extension import gradients, window
 from flashtile.compat.flash_attn.private import maybe_contiguous
 from flashtile.problem import E4M3
 
@@ -328,7 +327,7 @@ def _flash_attn_backward(
         cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, seqused_q=sequed_q,
         seqused_k=sequed_k,
     )  # fmt: skip
-    return extension.gradients(call, dout, out, softmax_lse, (dq, dk, dv)).softmax_d
+    return gradients(call, dout, out, softmax_lse, (dq, dk, dv)).softmax_d
 
 
 def _refuse(attention_chunk: int, **tensors: Tensor | None) -> None:
