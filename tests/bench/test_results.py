@@ -288,6 +288,10 @@ def test_tables_of_a_gpu(tmp_path: Path) -> None:
     assert "head dim and length: causal 128 x 4,096 1.15x." in found["h200-features"]
     assert "| 2,048 | 2 MiB | not run | not run |" in found["h200-memory"]
     assert "| flashtile | 10.0 | 10.0 |" in found["h200-host"] and "fa3" not in found["h200-host"]
+    forward, _, decoded, portable, _ = found["h200-headline"].splitlines()
+    assert forward.startswith("- Forward: 1000 to 1000 TFLOP/s, ")
+    assert "1.00x to 1.00x (mean 1.00x) at head dim 64" in portable
+    assert decoded.startswith("- A decoded token: 4.00 to 5.00 TB/s of K and V, 0.90x to 1.24x (")
     full, others = found["h200-decode"].split("Other caches")
     assert "| 32 x 4,096 | 20.0 | 5.00 | 1.24x | 1.25x |" in full
     assert "| 1 x 524,288 | 25.0 | 4.00 | 0.90x |  |" in full and "FlashAttention-2" not in full

@@ -8,6 +8,7 @@ from typing import Any
 
 from flashtile.bench.claims import layer_gain
 from flashtile.bench.features import ORDERED
+from flashtile.bench.headline import headline
 from flashtile.bench.peers import over_best_peer
 from flashtile.bench.record import read
 from flashtile.bench.summary import Document, Row, against_plain, milliseconds, ratio, speedup
@@ -61,6 +62,7 @@ def fill_in(results: Path) -> dict[str, str]:
     makers: dict[str, Callable[[Path], str]] = {
         "cpu-speed": cpu_speed,
         "cpu-memory": cpu_memory,
+        f"{GPU}-headline": lambda results: headline(results / GPU),
         f"{GPU}-dense": dense,
         f"{GPU}-portable": portable,
         f"{GPU}-features": features,
