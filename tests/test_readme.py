@@ -23,7 +23,7 @@ def test_tables_are_generated(tmp_path: Path) -> None:
     )
     subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True)
     assert copy.read_text() == TEXT
-    assert TEXT.count("<!-- table:") == TEXT.count("<!-- end -->") == 8
+    assert TEXT.count("<!-- table:") == TEXT.count("<!-- end -->") == 9
 
 
 @pytest.mark.parametrize(
@@ -39,7 +39,7 @@ def test_results_say_where_they_come_from(path: Path) -> None:
 
 def test_python_blocks_run() -> None:
     blocks = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     for block in blocks:
         subprocess.run([sys.executable, "-c", block], cwd=ROOT, check=True, timeout=120)
 
