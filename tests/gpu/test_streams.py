@@ -82,7 +82,7 @@ REPEATS = 200
 @pytest.mark.parametrize("dtype", [BF16, torch.float32], ids=str)
 @pytest.mark.parametrize("case", REPEATED, ids=str)
 def test_bits_repeat(case: Case, dtype: torch.dtype, busy: bool) -> None:
-    """Case 79: two hundred runs, out, lse and every gradient."""
+    """Two hundred runs, out, lse and every gradient."""
     problem = case.draw(79, dtype, "cuda")
     problem.keywords["deterministic"] = True
     first = run(problem)
@@ -106,7 +106,7 @@ def test_bits_repeat_by_default(case: Case, backend: str) -> None:
 
 
 def test_a_side_stream() -> None:
-    """Case 83: kernels run on the current stream, after its producer and not before."""
+    """Kernels run on the current stream, after its producer and not before."""
     q, k, v = (torch.randn(2, 300, h, 64, device="cuda", dtype=BF16) for h in (4, 2, 2))
     expected = flash_attn_func(q, k, v, causal=True)
     late = torch.zeros_like(q)
@@ -122,7 +122,7 @@ def test_a_side_stream() -> None:
 
 def _capture(call: Callable[[], tuple[Tensor, ...]]) -> Callable[[], tuple[Tensor, ...]]:
     """Capture a call after one warm one. Each replay starts from results full of NaN, so that a
-    kernel that is missing from the graph shows (case 85)."""
+    kernel that is missing from the graph shows."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -299,7 +299,7 @@ def test_no_host_sync() -> None:
 
 
 def test_threads_compile_together() -> None:
-    """Case 87: eight threads make the first calls of the same and of different problems."""
+    """Eight threads make the first calls of the same and of different problems."""
     problems = [
         Case("first", 70, 90, head_dim=dim, features=features).draw(87, BF16, "cuda")
         for dim, features in ((52, {}), (52, {"causal": True}), (84, {}), (84, {"causal": True}))

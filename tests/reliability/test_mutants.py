@@ -1,4 +1,4 @@
-"""Reliability of the tests (case 101): each small breakage of the backend must be noticed."""
+"""Reliability of the tests: each small breakage of the backend must be noticed."""
 
 from __future__ import annotations
 

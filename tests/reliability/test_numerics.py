@@ -1,4 +1,4 @@
-"""Reliability, numbers: extremes, NaN, empty rows, precision (cases 35 to 51)."""
+"""Reliability, numbers: extremes, NaN, empty rows, precision."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def _assert_close_by_lse(problem: Problem) -> None:
 
 @HALVES
 def test_one_logit_far_above_the_others(dtype: torch.dtype) -> None:
-    """Case 35: one at 1e4, the others at -1e4: one-hot, gradients finite and right."""
+    """One at 1e4, the others at -1e4: one-hot, gradients finite and right."""
     direction = torch.nn.functional.one_hot(torch.tensor(3), 16).float()
     q = 100 * direction + 0.01 * torch.randn(1, 33, 2, 16)
     k = -100 * direction + 0.01 * torch.randn(1, 40, 2, 16)
@@ -75,7 +75,7 @@ def test_all_logits_far_from_zero(level: float, seqlen_k: int) -> None:
 
 @pytest.mark.parametrize("where", [0, 17, 32])
 def test_one_nan_key(where: int) -> None:
-    """Case 37: only its batch row, its heads and the queries that see it turn NaN."""
+    """Only its batch row, its heads and the queries that see it turn NaN."""
     q, k, v = (torch.randn(2, 33, h, 16) for h in (4, 2, 2))
     clean, clean_lse = flash_attn_func(q, k, v, causal=True, return_lse=True)
     k[1, where, 0, 5] = math.nan
@@ -90,7 +90,7 @@ def test_one_nan_key(where: int) -> None:
 
 @pytest.mark.parametrize("kind", ["bool", "float", "documents"])
 def test_fully_masked_rows(kind: str) -> None:
-    """Case 39: 0, -inf and no gradient; the other rows as if those were not masked."""
+    """0, -inf and no gradient; the other rows as if those were not masked."""
     q, k, v = (torch.randn(2, 33, h, 16).requires_grad_() for h in (4, 2, 2))
     empty = torch.zeros(2, 33, dtype=torch.bool)
     empty[0, ::3], empty[1, 15:18] = True, True
@@ -124,14 +124,14 @@ def test_fully_masked_rows(kind: str) -> None:
 @pytest.mark.parametrize("softcap", [0.05, 1000.0])
 @pytest.mark.parametrize("window", [(-1, -1), (7, 0)])
 def test_extreme_softcaps(softcap: float, window: tuple[int, int], dtype: torch.dtype) -> None:
-    """Case 41: a cap that flattens everything and one that changes nothing."""
+    """A cap that flattens everything and one that changes nothing."""
     features = {"softcap": softcap, "window_size": window, "causal": True}
     assert_matches_reference(Case("cap", 37, 50, features=features).draw(41, dtype))
 
 
 @pytest.mark.parametrize(("seqlen_q", "seqlen_k"), [(24, 4096), (4096, 24)])
 def test_steep_alibi_over_long_distances(seqlen_q: int, seqlen_k: int) -> None:
-    """Case 43: slopes up to 8 over 4,000 tokens: scores down to -32,000."""
+    """Slopes up to 8 over 4,000 tokens: scores down to -32,000."""
     case = Case("alibi", seqlen_q, seqlen_k, batch=1, heads=2, kv_heads=1, head_dim=8)
     problem = case.draw(43)
     problem.keywords["alibi_slopes"] = torch.tensor([8.0, 0.3])
@@ -140,7 +140,7 @@ def test_steep_alibi_over_long_distances(seqlen_q: int, seqlen_k: int) -> None:
 
 @HALVES
 def test_constant_values_come_back(dtype: torch.dtype) -> None:
-    """Case 45: rows of P sum to 1: within 1 ulp in 16 bits, 8 in fp32 (a sum of 300 terms)."""
+    """Rows of P sum to 1: within 1 ulp in 16 bits, 8 in fp32 (a sum of 300 terms)."""
     q, k = (torch.randn(2, 300, h, 32).to(dtype) for h in (4, 2))
     v = torch.randn(2, 1, 2, 32).to(dtype).expand(2, 300, 2, 32)
     out = flash_attn_func(q, k, v, causal=True, window_size=(250, 0))
@@ -151,7 +151,7 @@ def test_constant_values_come_back(dtype: torch.dtype) -> None:
 
 
 def test_probabilities_sum_to_one() -> None:
-    """Case 45: with the unit matrix as v, out is P itself: rows sum to 1, masked ones are 0."""
+    """With the unit matrix as v, out is P itself: rows sum to 1, masked ones are 0."""
     q, k = (torch.randn(1, 40, 2, 16) for _ in range(2))
     out = flash_attn_func(q, k, torch.eye(40)[None, :, None].repeat(1, 1, 2, 1), causal=True)
     torch.testing.assert_close(out.sum(-1), torch.ones(1, 40, 2))
@@ -168,7 +168,7 @@ def test_any_finite_scale(scale: float, causal: bool) -> None:
 
 @pytest.mark.parametrize("causal", [False, True])
 def test_fp32_is_fp32(causal: bool) -> None:
-    """Case 47: no shortcut through a shorter format: errors of 1e-6, where TF32 makes 1e-3."""
+    """No shortcut through a shorter format: errors of 1e-6, where TF32 makes 1e-3."""
     problem = Case("fp32", 200, 300, features={"causal": causal}).draw(47)
     found, exact = run(problem), run_reference(problem)
     assert (found.out - exact.out).abs().max() < 2e-6
@@ -182,7 +182,7 @@ SIDES = (None, 0, 3, 20, 100, 2**63 - 1)
 
 @pytest.mark.parametrize(("seqlen_q", "seqlen_k"), [(37, 37), (20, 53), (53, 20)])
 def test_every_window(seqlen_q: int, seqlen_k: int) -> None:
-    """Case 49: every pair of sides, none and infinite ones among them, with gradients."""
+    """Every pair of sides, none and infinite ones among them, with gradients."""
     for left in SIDES:
         for right in SIDES:
             case = Case("window", seqlen_q, seqlen_k, heads=2, kv_heads=1, head_dim=8,
@@ -196,7 +196,7 @@ def test_every_window(seqlen_q: int, seqlen_k: int) -> None:
 
 @pytest.mark.parametrize("window", [(2, 1), (0, 0), (4, 0)])
 def test_rows_outside_every_window(window: tuple[int, int]) -> None:
-    """Case 51: queries far before the first key: 0, -inf, no gradient, exactly."""
+    """Queries far before the first key: 0, -inf, no gradient, exactly."""
     q, k, v = (torch.randn(2, n, 2, 16).requires_grad_() for n in (50, 20, 20))
     out, lse = flash_attn_func(q, k, v, window_size=window, return_lse=True)
     first = 30 - window[1]

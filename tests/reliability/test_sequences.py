@@ -1,4 +1,4 @@
-"""Reliability, metadata: lengths, pages, masks of packed sequences (cases 53 to 61)."""
+"""Reliability, metadata: lengths, pages, masks of packed sequences."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def _pool(x: Tensor, table: Tensor, page_size: int, pages: int) -> Tensor:
 @pytest.mark.parametrize("longest", [17, 18, 4000, None, torch.tensor(3)], ids=str)
 @pytest.mark.parametrize("causal", [False, True])
 def test_any_bound_of_the_lengths(longest: int | None, causal: bool) -> None:
-    """Case 53: too large, absent or on the device: the same bits."""
+    """Too large, absent or on the device: the same bits."""
     cu_q, cu_k = _ints(0, 17, 17, 30), _ints(0, 12, 20, 37)
     q, k, v = (torch.randn(n, h, 16) for n, h in ((30, 4), (37, 2), (37, 2)))
     exact = flash_attn_varlen_func(q, k, v, cu_q, cu_k, 17, 17, causal=causal)
@@ -36,7 +36,7 @@ def test_any_bound_of_the_lengths(longest: int | None, causal: bool) -> None:
 
 
 def test_a_bound_that_is_too_small() -> None:
-    """Case 53: an error that names both numbers, and `out` keeps every bit."""
+    """An error that names both numbers, and `out` keeps every bit."""
     q = torch.randn(30, 2, 16)
     out = torch.randn_like(q)
     before = out.clone()
@@ -69,7 +69,7 @@ def test_documents_of_paged_keys() -> None:
 
 
 def test_shared_permuted_and_reused_pages() -> None:
-    """Case 59: a shared prefix gets the sum of its readers' gradients; order does not matter."""
+    """A shared prefix gets the sum of its readers' gradients; order does not matter."""
     k, v = torch.randn(2, 20, 2, 16), torch.randn(2, 20, 2, 16)
     for x in (k, v):
         x[1, :8] = x[0, :8]
@@ -96,7 +96,7 @@ def test_shared_permuted_and_reused_pages() -> None:
 
 
 def test_a_page_is_reused_after_its_sequence_ended() -> None:
-    """Case 59: what the last owner left behind it is overwritten or out of reach."""
+    """What the last owner left behind it is overwritten or out of reach."""
     pools = [torch.randn(4, 4, 2, 8) for _ in range(2)]
     q, k, v = (torch.randn(1, 6, 2, 8) for _ in range(3))
     for table in (_ints(2, 0)[None], _ints(3, 2)[None]):
@@ -109,7 +109,7 @@ def test_a_page_is_reused_after_its_sequence_ended() -> None:
 @pytest.mark.parametrize("page_size", [1, 16, 17, 64, 128, 256, 512])
 @pytest.mark.parametrize("causal", [False, True])
 def test_page_sizes(page_size: int, causal: bool) -> None:
-    """Case 61: any size; the last page is partly NaN."""
+    """Any size; the last page is partly NaN."""
     seqlen = 300
     per_row = -(-seqlen // page_size)
     table = torch.randperm(2 * per_row + 1)[: 2 * per_row].view(2, per_row).to(torch.int32)

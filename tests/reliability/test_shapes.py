@@ -1,4 +1,4 @@
-"""Reliability, shapes: nothing, next to nothing, and very many (cases 1 to 15 and 57)."""
+"""Reliability, shapes: nothing, next to nothing, and very many."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def _leaf(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 @pytest.mark.parametrize("causal", [False, True])
 def test_no_queries(causal: bool) -> None:
-    """Case 1: empty out and lse; the gradients of keys and values are exactly 0."""
+    """Empty out and lse; the gradients of keys and values are exactly 0."""
     q, k, v, bias = _leaf(2, 0, 4, 16), _leaf(2, 9, 2, 16), _leaf(2, 9, 2, 8), _leaf(1, 4, 0, 9)
     out, lse = flash_attn_func(q, k, v, causal=causal, bias=bias, return_lse=True)
     assert (out.shape, lse.shape) == ((2, 0, 4, 8), (2, 4, 0))
@@ -36,7 +36,7 @@ def test_no_queries(causal: bool) -> None:
 
 @pytest.mark.parametrize("sink", [False, True])
 def test_no_keys(sink: bool) -> None:
-    """Case 1, transposed: 0 and -inf, or the sink's logit."""
+    """Without keys: 0 and -inf, or the sink's logit."""
     q, k, v = _leaf(2, 5, 4, 16), _leaf(2, 0, 2, 16), _leaf(2, 0, 2, 8)
     logit = _leaf(4) if sink else None
     out, lse = flash_attn_func(q, k, v, learnable_sink=logit, return_lse=True)
@@ -52,7 +52,7 @@ def test_no_keys(sink: bool) -> None:
 @pytest.mark.parametrize(("batch", "heads", "kv_heads"), [(0, 4, 2), (2, 0, 2), (2, 0, 0)])
 @pytest.mark.parametrize("varlen", [False, True])
 def test_empty_dimensions(varlen: bool, batch: int, heads: int, kv_heads: int) -> None:
-    """Case 3: no batch, no heads: results and gradients of that shape."""
+    """No batch, no heads: results and gradients of that shape."""
     q, k, v = (_leaf(batch, 5, h, d) for h, d in ((heads, 8), (kv_heads, 8), (kv_heads, 6)))
     if varlen:
         cu = _ints([5 * b for b in range(batch + 1)])
@@ -69,14 +69,14 @@ def test_empty_dimensions(varlen: bool, batch: int, heads: int, kv_heads: int) -
 
 
 def test_values_without_dimensions() -> None:
-    """Case 3: no head_dim_v is an error, as no head_dim is."""
+    """No head_dim_v is an error, as no head_dim is."""
     q, k, v = (torch.randn(2, 5, 2, dim) for dim in (8, 8, 0))
     with pytest.raises(ValueError, match="v has head_dim 0; it must be at least 1"):
         flash_attn_func(q, k, v)
 
 
 def test_some_sequences_have_no_keys() -> None:
-    """Case 5: their rows are 0, -inf and without gradient; their neighbours are untouched."""
+    """Their rows are 0, -inf and without gradient; their neighbours are untouched."""
     lengths = ((3, 0), (4, 6), (2, 0), (5, 5), (1, 0))
     cu_q, cu_k = (_ints([0, *n]).cumsum(0).int() for n in zip(*lengths, strict=True))
     q, k, v = _leaf(15, 4, 16), _leaf(11, 2, 16), _leaf(11, 2, 16)
@@ -103,7 +103,7 @@ def test_some_sequences_have_no_keys() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_decoding_with_idle_sequences(dtype: torch.dtype) -> None:
-    """Case 7: max_seqlen_q is 1, some sequences have no query, 3 heads share one (FA #1537)."""
+    """Of at most one query: some sequences have no query, 3 heads share one (FA #1537)."""
     lengths = ((1, 33), (0, 7), (1, 1), (0, 0), (1, 129), (0, 64))
     case = Case("idle", heads=6, kv_heads=2, head_dim=64, lengths=lengths)
     problem = case.draw(7, dtype)
@@ -114,7 +114,7 @@ def test_decoding_with_idle_sequences(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.usefixtures("small_blocks")
 def test_every_pair_of_lengths(causal: bool) -> None:
-    """Case 9: 1 to 17 queries against 1 to 130 keys, row by row against padded fp64 attention."""
+    """1 to 17 queries against 1 to 130 keys, row by row against padded fp64 attention."""
     keys = torch.arange(1, 131)
     k, v = (torch.randn(130, 130, 64) for _ in range(2))
     there = keys[None, :] - 1 < keys[:, None]  # (sequence, slot)
@@ -141,7 +141,7 @@ def test_every_pair_of_lengths(causal: bool) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.usefixtures("small_blocks")
 def test_more_groups(heads: int, kv_heads: int, dtype: torch.dtype) -> None:
-    """Case 13: ratios 5 and 8, with one and several KV heads."""
+    """Ratios 5 and 8, with one and several KV heads."""
     case = Case("group", 19, 35, heads=heads, kv_heads=kv_heads, features={"causal": True})
     assert_matches_reference(case.draw(heads, dtype))
 
@@ -149,7 +149,7 @@ def test_more_groups(heads: int, kv_heads: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(("batch", "heads"), [(65535, 1), (65536, 1), (1, 70000), (280, 250)])
 @pytest.mark.parametrize("seqlen", [1, 5])
 def test_more_than_65535_heads(batch: int, heads: int, seqlen: int) -> None:
-    """Case 15: every row is computed, none is left as it was allocated."""
+    """Every row is computed, none is left as it was allocated."""
     q, k, v = (_leaf(batch, seqlen, heads, 4) for _ in range(3))
     with poisoned_allocations():
         out, lse = flash_attn_func(q, k, v, causal=True, softcap=5.0, return_lse=True)
@@ -169,7 +169,7 @@ def test_more_than_65535_heads(batch: int, heads: int, seqlen: int) -> None:
 
 
 def test_ten_thousand_sequences_of_one_token() -> None:
-    """Case 57: out is v, lse the one score, dv is dout and nothing flows to q and k."""
+    """Out is v, lse the one score, dv is dout and nothing flows to q and k."""
     q, k, v = (_leaf(10_000, 2, 8) for _ in range(3))
     cu = torch.arange(10_001, dtype=torch.int32)
     out, lse = flash_attn_varlen_func(q, k, v, cu, cu, causal=True, return_lse=True)
@@ -183,7 +183,7 @@ def test_ten_thousand_sequences_of_one_token() -> None:
 
 
 def test_one_long_sequence_among_short_ones() -> None:
-    """Case 57, imbalanced: the long one as if alone, the short ones their own value."""
+    """3,000 tokens among 999 of one each: the long one as if alone, the short ones their value."""
     long, short = 3000, 999
     q, k, v = (torch.randn(long + short, 1, 8) for _ in range(3))
     cu = torch.cat((_ints([0]), torch.arange(long, long + short + 1).int()))

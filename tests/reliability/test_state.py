@@ -1,4 +1,4 @@
-"""Reliability, state: random numbers, autograd, threads, modes, no GPU (cases 71 to 93)."""
+"""Reliability, state: random numbers, autograd, threads, modes, no GPU."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def _same(a: Results, b: Results) -> bool:
 
 @pytest.mark.parametrize("softcap", [0.0, 3.0])
 def test_each_result_may_have_no_gradient(softcap: float) -> None:
-    """Case 71: dout or dlse is None; their gradients add up to those of both."""
+    """Without dout or without dlse; their gradients add up to those of both."""
     x = [torch.randn(2, 33, h, 16).requires_grad_() for h in (4, 2, 2)]
     out, lse = flash_attn_func(*x, causal=True, softcap=softcap, return_lse=True)
     dout, dlse = torch.randn_like(out), torch.randn_like(lse)
@@ -40,7 +40,7 @@ def test_each_result_may_have_no_gradient(softcap: float) -> None:
 
 
 def test_dropout_draws_only_when_there_is_some() -> None:
-    """Case 75: p = 0 leaves the generator alone; p > 0 moves it; a seed fixes the mask."""
+    """A dropout_p of 0 leaves the generator alone, any other moves it; a seed fixes the mask."""
     x = [torch.randn(1, 40, 2, 16) for _ in range(3)]
     before = torch.get_rng_state()
     flash_attn_func(*x)
@@ -54,7 +54,7 @@ def test_dropout_draws_only_when_there_is_some() -> None:
 @pytest.mark.parametrize("p", [0.1, 0.5])
 @pytest.mark.usefixtures("small_blocks")
 def test_keep_rate_within_four_sigma(p: float) -> None:
-    """Case 75, through the public function: with the unit matrix as v, out is P after dropout."""
+    """Through the public function: with the unit matrix as v, out is P after dropout."""
     seqlen, heads = 200, 4
     q, k = (torch.randn(1, seqlen, heads, 8) for _ in range(2))
     v = torch.eye(seqlen)[None, :, None].repeat(1, 1, heads, 1)
@@ -68,7 +68,7 @@ def test_keep_rate_within_four_sigma(p: float) -> None:
 @pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 def test_gradients_numerically(dropout_p: float) -> None:
-    """Case 75: backward draws forward's mask, or finite differences would disagree."""
+    """Backward draws forward's mask, or finite differences would disagree."""
     shapes = ((1, 5, 2, 4), (1, 18, 1, 4), (1, 18, 1, 3))
     x = [torch.randn(shape, dtype=torch.float64).requires_grad_() for shape in shapes]
 
@@ -82,7 +82,7 @@ def test_gradients_numerically(dropout_p: float) -> None:
 
 
 def test_threads_make_the_same_bits() -> None:
-    """Cases 79 and 87: eight threads, first calls together, same and different shapes, repeats."""
+    """Eight threads, first calls together, same and different shapes, repeats."""
     problems = [case.draw(79) for case in CASES[::4]]
     expected = [run(problem) for problem in problems]
     plan.plan.cache_clear()
@@ -103,7 +103,7 @@ def test_threads_make_the_same_bits() -> None:
 
 @pytest.mark.parametrize("case", CASES[::3], ids=str)
 def test_repeats_under_small_blocks(case: Case, small_blocks: None) -> None:
-    """Case 79: twenty repeats, every result and gradient, bit for bit."""
+    """Twenty repeats, every result and gradient, bit for bit."""
     problem = case.draw(80)
     first = run(problem)
     assert all(_same(run(problem), first) for _ in range(20))
@@ -111,7 +111,7 @@ def test_repeats_under_small_blocks(case: Case, small_blocks: None) -> None:
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_deterministic_algorithms(case: Case) -> None:
-    """Case 81: asked for globally, it is switched on, nothing refuses, nothing changes."""
+    """Asked for globally, it is switched on, nothing refuses, nothing changes."""
     problem = case.draw(81)
     plain = run(problem)
     assert not normalise(**problem.tensors, **problem.keywords).variant.deterministic
@@ -124,7 +124,7 @@ def test_deterministic_algorithms(case: Case) -> None:
 
 
 def test_autocast_of_packed_sequences() -> None:
-    """Case 91: q, k and v are cast, sinks and offsets are not; gradients come back in fp32."""
+    """All of q, k and v are cast, sinks and offsets are not; gradients come back in fp32."""
     cu = torch.tensor([0, 9, 30], dtype=torch.int32)
     x = [torch.randn(30, h, 16).requires_grad_() for h in (4, 2, 2)]
     sink = torch.randn(4).requires_grad_()
@@ -161,7 +161,7 @@ assert "backend  torch" in text and "not triton" in text, text
 
 @pytest.mark.parametrize(("dtype", "bound"), [("float32", 1e-5), ("bfloat16", 3e-2)])
 def test_without_gpu_and_triton(dtype: str, bound: float) -> None:
-    """Case 93: right, and `explain` says why nothing faster ran."""
+    """Right, and `explain` says why nothing faster ran."""
     done = subprocess.run(
         [sys.executable, "-c", BARE.format(dtype=dtype, bound=bound)], capture_output=True,
         text=True, check=False, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},

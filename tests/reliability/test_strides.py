@@ -1,4 +1,4 @@
-"""Reliability, memory: strides, offsets, padding, `out` (cases 17 to 33)."""
+"""Reliability, memory: strides, offsets, padding, `out`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=st
 
 
 def test_strides_beyond_int32(tmp_path: Path) -> None:
-    """Case 17: batch strides of more than 2**31 elements, over a sparse file that costs nothing."""
+    """Batch strides of more than 2**31 elements, over a sparse file that costs nothing."""
     stride = 2**31 + 40
     q, k, v = (torch.randn(2, 7, h, 8, dtype=torch.bfloat16) for h in (4, 2, 2))
     far = []
@@ -40,7 +40,7 @@ def test_strides_beyond_int32(tmp_path: Path) -> None:
 
 
 def test_padding_rows_are_never_read() -> None:
-    """Case 23: NaN past the last offset; 0 and -inf in the results, 0 in the gradients."""
+    """NaN past the last offset; 0 and -inf in the results, 0 in the gradients."""
     cu_q, cu_k = (torch.tensor(n, dtype=torch.int32) for n in ([0, 9, 9, 30], [0, 4, 20, 37]))
     q, k, v = (torch.randn(n, h, 16) for n, h in ((36, 4), (41, 2), (41, 2)))
     for x, end in ((q, 30), (k, 37), (v, 37)):
@@ -63,7 +63,7 @@ def test_padding_rows_are_never_read() -> None:
 @TYPES
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: "-".join(v) or "plain")
 def test_strides_change_no_bit(variant: dict[str, Any], dtype: torch.dtype) -> None:
-    """Case 25: every layout of each of q, k and v, against contiguous tensors."""
+    """Every layout of each of q, k and v, against contiguous tensors."""
     x = {n: torch.randn(2, 33, h, 16).to(dtype) for n, h in (("q", 4), ("k", 2), ("v", 2))}
     for layout in LAYOUTS:
         source = {n: lay_out(t, layout) for n, t in x.items()}
@@ -80,7 +80,7 @@ def test_strides_change_no_bit(variant: dict[str, Any], dtype: torch.dtype) -> N
 @TYPES
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: "-".join(v) or "plain")
 def test_gradient_of_a_sum(variant: dict[str, Any], dtype: torch.dtype) -> None:
-    """Case 27: autograd hands `sum` an expanded dout, all of whose strides are 0."""
+    """Autograd hands `sum` an expanded dout, all of whose strides are 0."""
     x = [torch.randn(2, 33, h, 16).to(dtype).requires_grad_() for h in (4, 2, 2)]
     strides = []
     out = flash_attn_func(*x, **variant)
@@ -100,7 +100,7 @@ def test_gradient_of_a_sum(variant: dict[str, Any], dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("layouts", [("contiguous", "heads_first"), ("strided", "packed")])
 def test_fakes_know_the_strides(layouts: tuple[str, str]) -> None:
-    """Case 29: k and v of different strides; results and gradients are as the fakes say."""
+    """K and v of different strides; results and gradients are as the fakes say."""
     q, k, v = (torch.randn(2, 9, h, 16) for h in (4, 2, 2))
     k, v = (lay_out(x, layout) for x, layout in zip((k, v), layouts, strict=True))
     call = normalise(*(x.requires_grad_() for x in (q, k, v)), causal=True)
@@ -115,7 +115,7 @@ def test_fakes_know_the_strides(layouts: tuple[str, str]) -> None:
 @pytest.mark.parametrize("offset", [1, 2, 4, 7])
 @pytest.mark.parametrize("compiled", [False, True])
 def test_unaligned_tensors(offset: int, compiled: bool) -> None:
-    """Case 31: base addresses that are no multiple of 16 bytes."""
+    """Base addresses that are no multiple of 16 bytes."""
 
     def unaligned(x: Tensor) -> Tensor:
         memory = torch.full((x.numel() + 16,), math.nan, dtype=x.dtype)
@@ -134,7 +134,7 @@ def test_unaligned_tensors(offset: int, compiled: bool) -> None:
 
 @pytest.mark.parametrize("layout", [x for x in LAYOUTS if x != "one_head"])
 def test_out_of_any_strides(layout: str) -> None:
-    """Case 33: the result lands in `out`, and nowhere else."""
+    """The result lands in `out`, and nowhere else."""
     q, k, v = (torch.randn(2, 9, h, 16) for h in (4, 2, 2))
     expected = flash_attn_func(q, k, v, causal=True)
     out = lay_out(torch.randn_like(q), layout)
@@ -146,7 +146,7 @@ def test_out_of_any_strides(layout: str) -> None:
 
 
 def test_out_overlapping_a_part_of_an_input() -> None:
-    """Case 33: one shared row is enough, and nothing is written; a neighbour is welcome."""
+    """One shared row is enough, and nothing is written; a neighbour is welcome."""
     memory = torch.randn(3, 9, 4, 16)
     before = memory.clone()
     k = v = memory[:2]
@@ -179,7 +179,7 @@ def test_appending_to_a_cache_whose_last_dimension_is_strided(which: int) -> Non
 
 @pytest.mark.parametrize("gap", [1, 3, 8])
 def test_rows_with_canaries_between_them(gap: int) -> None:
-    """Case 25, rows of odd strides with NaN between them: right, and nothing is written."""
+    """Rows of odd strides with NaN between them: right, and nothing is written."""
     problem = Case("gap", 33, 47, features={"causal": True}).draw(gap)
     guards = {n: fence(x, gap) for n, x in problem.tensors.items()}
     assert_matches_reference(problem._replace(tensors={n: g.tensor for n, g in guards.items()}))
