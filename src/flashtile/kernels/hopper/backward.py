@@ -1,6 +1,6 @@
 """The backward kernel for Hopper: a producer warp, two consumer warpgroups, a warp that adds dQ.
 
-Where dQ is added in order one more warp sets the locks of its blocks.
+Where blocks of dQ have locks ("in order", "after the first") one more warp sets them.
 
 A tile is 64 keys of one KV head for each warpgroup or, at head dims above 128, for both. They walk
 over the blocks of queries that see it, of every query head of the group. dK and dV stay in

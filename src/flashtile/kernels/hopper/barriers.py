@@ -12,13 +12,10 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 RING = gl.constexpr(6)
-"""Of ring slot i, 6 + i: consumers have read it."""
+"""Of ring slot i, 6 + i: consumers have read it. Then come the turns of warpgroups, 8 in all."""
 
 QUERIES = gl.constexpr(14)
 """Consumers have read the queries, or stored the output that takes their place."""
-
-SLOTS_AND_TURNS = 8
-"""Barriers from RING on: of the ring's slots and, after them, of the warpgroups' turns."""
 
 
 @gluon.constexpr_function

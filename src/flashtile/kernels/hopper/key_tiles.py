@@ -158,18 +158,18 @@ def first_block(work, q_seq, batch, TILE: gl.constexpr):
 
 @gluon.jit
 def start_walk(tile, work, TILE: gl.constexpr):
-    """From the first block on; where shares of dQ are added in order from the last one back, which
-    all tiles see: each is a step behind the one before it. With the first ones tiles that start
-    together would end together, however much less the later ones have to do."""
+    """From the first block on; where tiles wait for others before they add to dQ from the last one
+    back, which all tiles see: each is a step behind the one before it. From the first one on tiles
+    that start together would end together, however much less the later ones have to do."""
     group = pinned(work.heads.group)
     return Walk(tile.kv_head * group, 0 if TILE.adds == "in any order" else tile.blocks - 1, group)
 
 
 @gluon.jit
 def go_on(walk, tile, work, TILE: gl.constexpr):
-    """The next block, of the next head after the last one. Where shares of dQ are added in order
-    the same block of all heads comes first: head by head, tiles of few blocks would come to the
-    second head early, and wait there for those of many (32/8 heads, causal, 8k: a third longer)."""
+    """The next block, of the next head after the last one. Where tiles wait for others the same
+    block of all heads comes first: head by head, tiles of few blocks would come to the second head
+    early, and wait there for those of many (32/8 heads, causal, 8k: a third longer)."""
     if TILE.adds == "in any order":
         ends = walk.n + 1 == tile.blocks
         n = gl.where(ends, 0, walk.n + 1)
