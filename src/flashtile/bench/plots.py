@@ -7,10 +7,11 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter
 
 from flashtile.bench.record import read
 from flashtile.bench.summary import Document, Row, against_plain
+from flashtile.demo.plot import INK, QUIET, scale_tokens, style_axes
 
 STYLES = {
     "flashtile": ("#0072B2", "flashtile"),
@@ -26,7 +27,6 @@ STYLES = {
 """Colours of Okabe and Ito, "Color Universal Design", 2008: apart in every kind of colour
 blindness."""
 
-INK, QUIET, GRID = "#222222", "#707070", "#e8e8e8"
 MODES = {"fwd": "forward", "bwd": "backward"}
 
 
@@ -73,7 +73,7 @@ def _draw_rates(axes: Axes, rows: list[Row]) -> None:
             ours = name == "flashtile"
             width: dict[str, Any] = {"linewidth": 2.6 if ours else 1.6, "zorder": 3 if ours else 2}
             axes.plot(*zip(*points, strict=True), "o-", color=color, label=label, **width)
-    _tokens(axes, [row["seqlen"] for row in rows])
+    scale_tokens(axes, sorted({row["seqlen"] for row in rows}))
     axes.set_ylim(bottom=0)
 
 
@@ -115,7 +115,7 @@ def draw_memory(document: Document) -> Figure:
             axes.plot(*zip(*points, strict=True), "o-", color=color, label=label)
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
-    _tokens(axes, [row["seqlen"] for row in rows])
+    scale_tokens(axes, sorted({row["seqlen"] for row in rows}))
     axes.legend(frameon=False)
     _caption(figure, document, "causal")
     return figure
@@ -127,20 +127,7 @@ def _figure(width: float, height: float) -> Figure:
 
 def _style(axes: Axes, title: str) -> None:
     axes.set_title(title, loc="left", fontsize=12, fontweight="bold", color=INK)
-    axes.grid(True, which="major", color=GRID, linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color("#bbbbbb")
-    axes.tick_params(colors=QUIET, length=0)
-
-
-def _tokens(axes: Axes, seqlens: list[int]) -> None:
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(sorted(set(seqlens)))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(
-        FuncFormatter(lambda x, _: f"{x:.0f}" if x < 1024 else f"{x / 1024:.0f}k")
-    )
+    style_axes(axes)
 
 
 def _legend(figure: Figure) -> None:

@@ -53,11 +53,26 @@ def _caption(results: Results) -> str:
 def _style(axes: Axes, title: str, subtitle: str) -> None:
     axes.set_title(f"{title}\n", loc="left", fontsize=15, fontweight="bold", color=INK)
     axes.text(0.0, 1.03, subtitle, transform=axes.transAxes, fontsize=11, color=QUIET)
+    style_axes(axes)
+
+
+def style_axes(axes: Axes) -> None:
+    """A pale grid behind two thin axes without ticks."""
     axes.grid(True, which="major", color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color("#bbbbbb")
     axes.tick_params(colors=QUIET, length=0)
+
+
+def scale_tokens(axes: Axes, seqlens: list[int]) -> None:
+    """Sequence lengths on a logarithmic x axis, 1k for 1,024."""
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(seqlens)
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(
+        FuncFormatter(lambda x, _: f"{x:.0f}" if x < 1024 else f"{x / 1024:.0f}k")
+    )
 
 
 def _draw_losses(axes: Axes, results: Results) -> None:
@@ -117,16 +132,11 @@ def _label_ratios(seconds: Axes, memory: Axes, results: Results) -> None:
 
 
 def _log_axes(axes: Axes, lengths: list[int], unit: Callable[[float], str], base: int) -> None:
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log", base=base)
-    axes.set_xticks(lengths)
+    scale_tokens(axes, lengths)
     axes.set_xlabel("tokens, 1k = 1,024", color=QUIET)
-    axes.xaxis.set_major_formatter(
-        FuncFormatter(lambda x, _: f"{x:.0f}" if x < 1024 else f"{x / 1024:.0f}k")
-    )
+    axes.set_yscale("log", base=base)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: unit(y)))
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_minor_locator(NullLocator())
+    axes.yaxis.set_minor_locator(NullLocator())
 
 
 def _draw_limit(axes: Axes, results: Results) -> None:
