@@ -17,6 +17,7 @@ from flashtile import guards, ops
 from flashtile.backends import replays
 from flashtile.backends.cache import NewTokens
 from flashtile.form import Form
+from flashtile.mods.functions import leaves
 from flashtile.observers import unseen
 from flashtile.problem import Call, latent
 
@@ -81,7 +82,7 @@ def remember(
     these = [x for x in tensors if x is not None]
     same = len(these) == len(those) and all(x is y for x, y in zip(these, those, strict=True))
     # What is not a number, such as a tensor for the scale, may have another value next time.
-    if not same or not _HASHED.issuperset(map(type, _leaves(given))):
+    if not same or not _HASHED.issuperset(map(type, leaves(given))):
         return
     run = replays.find(replays.key_of(kind, those))
     if run is None:
@@ -132,7 +133,3 @@ def _autocast(q: Tensor) -> torch.dtype | None:
 def _cast(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether the operator casts them, under autocast."""
     return _autocast(q) is not None and not q.dtype == k.dtype == v.dtype == _autocast(q)
-
-
-def _leaves(x: Any) -> list[Any]:
-    return [z for y in x for z in _leaves(y)] if isinstance(x, tuple) else [x]

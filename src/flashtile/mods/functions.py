@@ -115,7 +115,7 @@ _handles: dict[tuple[Any, ...], int] = {}
 
 def _handle(function: ScoreFunction | MaskFunction, parts: tuple[Any, ...]) -> int:
     """The number of a combination of functions, the same whenever it comes again."""
-    key = (type(function).__name__, len(function.args), *map(id, _leaves(parts)))
+    key = (type(function).__name__, len(function.args), *map(id, leaves(parts)))
     if key not in _handles:
         bare = object.__new__(type(function))
         vars(bare).update(vars(function), args=())
@@ -124,8 +124,9 @@ def _handle(function: ScoreFunction | MaskFunction, parts: tuple[Any, ...]) -> i
     return _handles[key]
 
 
-def _leaves(x: Any) -> list[Any]:
-    return [z for y in x for z in _leaves(y)] if isinstance(x, tuple) else [x]
+def leaves(x: Any) -> list[Any]:
+    """What nested tuples hold, in order."""
+    return [z for y in x for z in leaves(y)] if isinstance(x, tuple) else [x]
 
 
 def mod_operands(
