@@ -111,8 +111,20 @@ def explain_problem(
 
 
 def explain(q: Tensor, k: Tensor, v: Tensor, **keywords: Any) -> Explanation:
-    """The plan of `flash_attn_func(q, k, v, **keywords)`, or with cu_seqlens_q among the keywords
-    of `flash_attn_varlen_func`. Validates like the call, computes nothing.
+    """The plan of a call: backend, tile, splits, FLOPs, bytes, and why not a better backend.
+
+    Validates like the call, computes nothing.
+
+    Args:
+        q, k, v: as for `flash_attn_func`; or with cu_seqlens_q among the keywords, packed, as for
+            `flash_attn_varlen_func`. On the device that is asked about.
+        keywords: the other arguments of that function, by name.
+
+    Returns:
+        An `Explanation`: `print` it, or take its `plan`, or its `rows()`.
+
+    Raises:
+        TypeError, ValueError: as the function itself.
 
     >>> print(flashtile.explain(q, k, v, causal=True))
     """
