@@ -112,6 +112,10 @@ def test_tiles_fit_and_do_not_depend_on_lengths_alone() -> None:
         assert backward_tile(problem).persistent
         sloped = replace(problem, features=problem.features | {"alibi_slopes"})
         assert backward_tile(sloped).persistent != causal
+        wide = replace(problem, head_dim=256, head_dim_v=256, kv_heads=problem.heads)
+        assert backward_tile(wide, deterministic=True).chains == (3 if causal else 1)
+        assert backward_tile(replace(wide, window_left=99), deterministic=True).chains == 1
+        assert backward_tile(wide).chains == 1
     dims = replace(LLAMA, head_dim=64, head_dim_v=64)
     for tokens, rows in ((128, 128), (512, 192), (1024, 128), (2048, 192), (16384, 192)):
         tile = forward_tile(replace(dims, seqlen_q=tokens, seqlen_k=tokens))

@@ -49,9 +49,9 @@ LANGUAGE = SimpleNamespace(
 
 @pytest.fixture(autouse=True)
 def _on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    tiles = "find_keys _blocks_of start_walk go_on hidden_steps row_of block_of first_block turn"
+    tiles = "find_keys _blocks_of start_walk go_on hidden_steps row_of block_of first_block"
     for module, names in (
-        (key_tiles, [*tiles.split(), "tiles_before"]),
+        (key_tiles, [*tiles.split(), "turn", "tiles_before", "sums_of"]),
         (query_lists, ["open_list", "place_of", "row_there"]),
     ):
         for name in names:
@@ -122,8 +122,8 @@ class Step(NamedTuple):
     tile: tuple[int, ...]  # batch, KV head, first key
     head: int
     row: int
-    block: int
-    before: int  # tiles that add to the block before this one does
+    block: int  # of its sums, where it has several
+    before: int  # tiles that add to them before this one does
 
 
 def _call(heads: int, kv_heads: int, lengths: list[tuple[int, int]], **given: Any) -> Call:
@@ -184,7 +184,8 @@ def _steps(
             block = key_tiles.block_of(row, walk, base, work, tile)
             before = key_tiles.tiles_before(row, keys, q_seq, k_seq, variant.masks, work, tile)
             where = (int(keys.batch), int(keys.kv_head) // parts, int(keys.key))
-            steps.append(Step(where, int(walk.head), int(row), int(block), int(before)))
+            sums = key_tiles.sums_of(block, keys, tile)
+            steps.append(Step(where, int(walk.head), int(row), int(sums), int(before)))
             walk = key_tiles.go_on(walk, keys, work, tile)
         found.append(steps)
     return found
@@ -198,16 +199,20 @@ CALLS: dict[str, tuple[Any, dict[str, Any]]] = {
     "window": ((4, 2, [(900, 900)]), {"causal": True, "window_size": (200, 0)}),
     "band": ((2, 2, [(500, 800)]), {"window_size": (130, 60), "dim": 256}),
     "shared": ((4, 1, [(600, 1300)]), {"causal": True}),
+    "chains": ((2, 2, [(700, 700), (300, 500)]), {"causal": True, "dim": 256}),
     "used": ((4, 2, [(150, 120), (0, 300), (500, 660)]),
              {"causal": True, "rooms": [(500, 700)] * 3}),
     "packed": ((4, 2, [(300, 300), (0, 70), (129, 1), (64, 200)]), {"causal": True}),
+    "packed chains": ((2, 2, [(300, 300), (0, 70), (129, 1), (64, 200)]),
+                      {"causal": True, "dim": 256}),
     "packed used": ((2, 2, [(290, 130), (3, 0), (100, 333)]),
                     {"causal": True, "rooms": [(300, 300), (10, 70), (129, 400)]}),
 }  # fmt: skip
 PARTS = {"grouped": 3, "more queries": 3, "shared": 2, "packed": 2}
 WHOLE_AND_PARTS = [*((name, 1) for name in CALLS), *PARTS.items()]
+IN_CHUNKS = ("full", "causal", "grouped", "more queries", "window", "shared", "used")
 CHUNKS = [*((*x, 1) for x in WHOLE_AND_PARTS),
-          *((*x, 4) for x in WHOLE_AND_PARTS if "packed" not in x[0])]  # fmt: skip
+          *((*x, 4) for x in WHOLE_AND_PARTS if x[0] in IN_CHUNKS)]  # fmt: skip
 _all_calls = pytest.mark.parametrize(("name", "parts"), WHOLE_AND_PARTS)
 _all_chunks = pytest.mark.parametrize(("name", "parts", "chunk"), CHUNKS)
 

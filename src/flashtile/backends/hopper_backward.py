@@ -37,6 +37,11 @@ then walk a few blocks apart, and what they read and add stays in L2. Time over 
 head dim 64, with the few heads of the default and with 16 (H200): causal 4k 1.36 and 1.13, 16k 1.52
 and 1.10; 1, 8 and 32 heads are no better."""
 
+CHAINED_HEADS = 4
+"""The same where a block has several sums, which need room in L2. Three, causal, head dim 256, ms
+with 2, 3, 4, 5, 8 heads (H200): 4k 1.82, 1.94, 1.80, 1.91, 1.87; 16k 6.43, 6.38, 6.40, 6.67, 8.50.
+"""
+
 CHUNK_IN_ORDER = 4
 """Tiles of a head of which the last one comes first under a causal mask where dQ is added in order.
 4k keys (H200): 1.400 -> 1.349 ms at head dim 128, 1.670 -> 1.546 at 64, and 1.943 -> 2.09 above."""
@@ -55,9 +60,9 @@ class Workspace(NamedTuple):
     """What the three kernels pass on, linear in tokens. Queries are padded to whole blocks."""
 
     rows: Tensor  # (2 * query blocks, block_m) fp32: lse in log2 units, delta, lse, ...
-    acc: Tensor  # (query blocks * block_m * padded / 256, 256) fp32: sums of dQ, in its own order
+    acc: Tensor  # (sums of blocks * block_m * padded / 256, 256) fp32, of dQ in its own order
     counter: Tensor | None = None  # (1,) int32: see `key_tiles.KeyWork`
-    locks: Tensor | None = None  # (query blocks,) int32: see `query_gradients.add_shares`
+    locks: Tensor | None = None  # (sums of all blocks,) int32: see `query_gradients.add_shares`
     order: Tensor | None = None  # (tiles of a head, 2) int32: see `key_tiles.KeyWork`
 
 
@@ -125,12 +130,13 @@ def variant_with(call: Call, blocks: BlockList | None) -> Variant:
 
 def workspace(call: Call, tile: HopperBackwardTile, like: Tensor) -> Workspace:
     blocks = triton.query_grid(call, tile.block_m)
+    sums = blocks * tile.chains
     return Workspace(*replays.workspace(
         like,
         ((2 * blocks, tile.block_m), torch.float32),
-        ((blocks * tile.block_m * tile.padded // 256, 256), torch.float32),
+        ((sums * tile.block_m * tile.padded // 256, 256), torch.float32),
         ((1,), torch.int32) if tile.persistent else None,
-        ((blocks,), torch.int32) if tile.locked else None,
+        ((sums,), torch.int32) if tile.locked else None,
         ((tiles_of_a_head(call, tile), 2), torch.int32) if call.operands.k.dim() == 3 else None,
     ))  # fmt: skip
 
@@ -228,7 +234,8 @@ def _work(call: Call, tile: HopperBackwardTile, parts: int) -> KeyWork:
         if tile.adds == "in order":
             queries = blocks * tile.block_m * q.shape[-2] // (k.shape[-2] * parts)
             least = HEADS_IN_ORDER if call.banded else heads_in_order(queries, tile)
-            together = min(pairs, max(together, least))
+            least = CHAINED_HEADS if tile.chains > 1 else max(together, least)
+            together = min(pairs, least)
             chunk = chunk_in_order(call, tile, tiles * pairs)
     heads = Heads(opaque(q.shape[-2]), opaque(q.shape[-2] // (k.shape[-2] * parts)))
     return KeyWork(

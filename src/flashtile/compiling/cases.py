@@ -119,6 +119,7 @@ def _decode_e4m3_rows() -> dict[str, Any]:
 VARIANTS: dict[str, Callable[[], dict[str, Any]]] = {
     "full": dict,
     "causal": lambda: {"causal": True},
+    "in order": lambda: {"causal": True, "deterministic": True},
     "scores": _scores,
     "dropout": lambda: {"causal": True, "dropout_p": 0.1},
     "masked dropout": _masked_dropout,
@@ -197,6 +198,7 @@ def every_case() -> list[Case]:
                for dim, tokens in ((64, SHORT), (128, SHORT), (64, LONG), (128, FEW))]  # fmt: skip
     hopper += [Case("causal", "bfloat16", dim, dim, tokens=tokens, kv_heads=HEADS)
                for dim, tokens in ((128, TOKENS), (256, SHORT))]  # fmt: skip
+    hopper.append(Case("in order", "bfloat16", 256, 256, kv_heads=HEADS))
     return cases + [case._replace(new_tiles=True, only=HOPPER) for case in hopper]
 
 

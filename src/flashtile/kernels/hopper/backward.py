@@ -46,6 +46,7 @@ from flashtile.kernels.hopper.key_tiles import (
     make_queue,
     row_of,
     start_walk,
+    sums_of,
     tiles_before,
 )
 from flashtile.kernels.hopper.locks import keep_locks, make_debts
@@ -163,10 +164,10 @@ def add_queries(dq, side, queue, debts, q_seq, k_seq, masks, lists, work, TILE: 
         for j in range(steps):
             place, before = place_of(lists, schedule, tile, walk, q_span, TILE), 0
             row = row_there(lists, place, q_span, TILE)
-            block = block_of(row, walk, base, work, TILE)
+            sums = sums_of(block_of(row, walk, base, work, TILE), tile, TILE)
             if TILE.locked:
                 before = tiles_before(row, tile, q_seq, k_seq, masks, work, TILE)
-            owed = add_shares(dq, side.dq, work.locks, debts, block, before, owed, j == steps - 1,
+            owed = add_shares(dq, side.dq, work.locks, debts, sums, before, owed, j == steps - 1,
                               TILE)  # fmt: skip
             walk = go_on(walk, tile, work, TILE)
         tma_store_wait(0)

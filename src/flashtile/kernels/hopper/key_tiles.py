@@ -35,7 +35,7 @@ class KeyWork(NamedTuple):
     heads: Any  # Heads, the group a part of a KV head's
     parts: Any  # opaque, of the query heads of a KV head, each with tiles of its own
     counter: Any = None  # (1,) int32: tiles taken, where CTAs take several
-    locks: Any = None  # int32 of each block of queries: see `locks`
+    locks: Any = None  # int32 of each sums of a block of queries: see `locks`
     order: Any = None  # int32 (sequence, its tile) of each of packed sequences' tiles of a head
 
 
@@ -79,11 +79,13 @@ def turn(index, tiles, chunk):
 
 @gluon.jit
 def tiles_before(row, tile, q_seq, k_seq, masks, work, TILE: gl.constexpr):
-    """How many tiles add to the block of queries from a row on before this one does."""
+    """How many tiles add to the same sums of the block of queries from a row on before this one."""
     q_span, k_span = open_sequence(q_seq, tile.batch), open_sequence(k_seq, tile.batch)
     seen = key_range(masks, row, row + (TILE.block_m - 1), q_span, k_span)
     own, first = tile.key // TILE.block_n, seen.lo // TILE.block_n
-    if TILE.adds == "in order":
+    if TILE.chains > 1:
+        return (own - first) // TILE.chains
+    elif TILE.adds == "in order":
         chunk = pinned(work.chunk)
         begin = own & -chunk
         end = gl.minimum(begin + chunk, gl.cdiv(seen.hi, TILE.block_n))
@@ -201,6 +203,12 @@ def row_of(tile, walk, TILE: gl.constexpr):
 def block_of(row, walk, base, work, TILE: gl.constexpr):
     """The number among all blocks of queries of the one from `row` on; base: `first_block`."""
     return base + walk.head * pinned(work.query_blocks) + row // TILE.block_m
+
+
+@gluon.jit
+def sums_of(block, tile, TILE: gl.constexpr):
+    """The number of those sums of a block that a tile of keys adds to: tiles take turns."""
+    return block * TILE.chains + (tile.key // TILE.block_n) % TILE.chains
 
 
 @aggregate

@@ -1,7 +1,7 @@
 """Locks of blocks of queries: who adds to a block's dQ when, where the order is fixed.
 
-A lock counts the tiles that have added to its block or, where they do so in any order after the
-first, tells that the first has.
+A lock counts the tiles that have added to its block's sums or, where they do so in any order after
+the first, tells that the first has.
 """
 
 from triton.experimental import gluon

@@ -65,7 +65,9 @@ def prepare_backward(out, dout, lse, dlse, space, sink, dsink, q_seq, k_seq, slo
         sums = space.acc + block.to(tl.int64) * SUMS + tl.arange(0, SUMS)
         tl.store(sums, tl.zeros([SUMS], tl.float32))
     else:
-        tl.store(space.locks + block, 0)
+        CHAINS: tl.constexpr = TILE.chains
+        for c in tl.static_range(CHAINS):
+            tl.store(space.locks + block * CHAINS + c, 0)
     if space.counter is not None and block == 0:
         tl.store(space.counter, 0)
     o = load_tile(out, tokens(out, q_seq, span, head), q_seq, span, first, False, BLOCK_M,

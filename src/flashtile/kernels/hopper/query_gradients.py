@@ -69,24 +69,24 @@ def open_places():
 
 
 @gluon.jit
-def add_shares(acc, places, locks, debts, block, before, owed, LAST, TILE: gl.constexpr):
-    """Add all shares of a block's dQ, and free their places unless they are the LAST. Returns how
-    many locks were given to be set so far, `owed` of them before.
+def add_shares(acc, places, locks, debts, sums, before, owed, LAST, TILE: gl.constexpr):
+    """Add all shares of a block's dQ to its `sums`, and free their places unless they are the LAST.
+    Returns how many locks were given to be set so far, `owed` of them before.
 
-    Where tiles add in order, a block's lock counts those that have; where they do not, it tells
+    Where tiles add in order, the sums' lock counts those that have; where they do not, it tells
     that the first has. `before` tiles come before this one, and all of them are earlier tiles of
     the launch, so that nobody waits for a CTA that has not started. The first tile stores.
     """
     if TILE.locked:
         wanted = before if TILE.adds == "in order" else gl.minimum(before, 1)
-        wait_lock((locks + block).to(gl.int64), wanted)
+        wait_lock((locks + sums).to(gl.int64), wanted)
     SHARES: gl.constexpr = TILE.block_m * TILE.padded // SHARE
     for n in gl.static_range(SHARES // 2):
-        row = (SHARES * block + 2 * n) * (SHARE // 256)
+        row = (SHARES * sums + 2 * n) * (SHARE // 256)
         add_pair(acc, places, row, before, LAST, own_columns(TILE.dim, 0) // 64 - n,
                  own_columns(TILE.dim, 1) // 64 - n, TILE)  # fmt: skip
     if TILE.locked and (TILE.adds == "in order" or before == 0):
-        debts.put(owed, block, before + 1)
+        debts.put(owed, sums, before + 1)
         owed += 1
     return owed
 
@@ -134,11 +134,16 @@ def finish_query_gradient(acc, locks, dq, q_seq, scale, heads, TILE: tl.constexp
     batch, head, first = open_tile(q_seq, number(heads.count), block, False, BLOCK_M)
     span = open_sequence(q_seq, batch)
     SUMS: tl.constexpr = BLOCK_M * PADDED
-    places = acc + block.to(tl.int64) * SUMS + tl.arange(0, SUMS)
+    CHAINS: tl.constexpr = TILE.chains
+    sums = block.to(tl.int64) * CHAINS
+    places = acc + sums * SUMS + tl.arange(0, SUMS)
     if locks is None:
         flat = tl.load(places)
-    else:  # nobody has stored where no key was seen
-        flat = tl.load(places, mask=tl.load(locks + block) > 0, other=0.0)
+    else:
+        flat = tl.zeros([SUMS], tl.float32)
+        for c in tl.static_range(CHAINS):  # nobody has stored where no tile saw the block
+            stored = tl.load(locks + sums + c) > 0
+            flat += tl.load(places + c * SUMS, mask=stored, other=0.0)
     # (share s, warpgroup g, n, w, r, c, i, j); warpgroups own halves of the columns, or of the
     # rows.
     parts = (flat * scale.natural).reshape(SUMS // (2 * SHARE), 2, 8, 4, 8, 4, 2, 2)
