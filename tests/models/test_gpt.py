@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -37,6 +39,29 @@ def test_shapes_and_parameters() -> None:
     perceptron = 8 * CONFIG.width**2
     expected = CONFIG.vocab_size * CONFIG.width + CONFIG.layers * (attention + perceptron)
     assert sum(p.numel() for p in model.parameters()) == expected
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_model_of_the_meta_device_is_the_one_it_loads(assign: bool) -> None:
+    """All that it computes with is in its state, or made from its configuration."""
+    model = _model()
+    with torch.device("meta"):
+        empty = GPT(CONFIG)
+    empty = empty if assign else empty.to_empty(device="cpu")
+    empty.load_state_dict(model.state_dict(), assign=assign)
+
+    assert torch.equal(empty(_tokens()), model(_tokens()))
+
+
+def test_positions_are_exact_in_fp64() -> None:
+    """Queries and keys turn by position / base ** (2 i / head_dim), in the model's own dtype."""
+    model = _model().double()
+    cos, sin = model._rotary_tables()
+    for position in range(CONFIG.seqlen):
+        for i in range(CONFIG.head_dim // 2):
+            angle = position / CONFIG.rotary_base ** (2 * i / CONFIG.head_dim)
+            assert cos[position, i].item() == pytest.approx(math.cos(angle), abs=1e-14)
+            assert sin[position, i].item() == pytest.approx(math.sin(angle), abs=1e-14)
 
 
 def test_starts_at_the_loss_of_a_guess() -> None:

@@ -97,18 +97,11 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """Next-token logits of a sequence: (batch, seqlen) int64 to (batch, seqlen, vocab_size)."""
 
-    cos: Tensor
-    sin: Tensor
-
     def __init__(self, config: GPTConfig, attention: Attention = flash_attn_func) -> None:
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.width)
         self.blocks = nn.ModuleList(Block(config, attention) for _ in range(config.layers))
-        pairs = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
-        angles = torch.outer(torch.arange(config.seqlen).float(), config.rotary_base**-pairs)
-        self.register_buffer("cos", angles.cos(), persistent=False)
-        self.register_buffer("sin", angles.sin(), persistent=False)
         self._initialise()
 
     def _initialise(self) -> None:
@@ -123,9 +116,22 @@ class GPT(nn.Module):
     def forward(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
         """With a cache, tokens follow those in it, and their keys and values are appended to it."""
         x = _norm(self.embedding(tokens))
+        cos, sin = self._rotary_tables()
         for i, block in enumerate(self.blocks):
-            x = block(x, self.cos, self.sin, None if cache is None else cache.layer(i))
+            x = block(x, cos, sin, None if cache is None else cache.layer(i))
         return F.linear(_norm(x), self.embedding.weight)
+
+    def _rotary_tables(self) -> tuple[Tensor, Tensor]:
+        """cos and sin, (config.seqlen, head_dim / 2), fp32 or wider.
+
+        Not buffers: a model of the meta device that is then loaded would have none in them.
+        """
+        config, weight = self.config, self.embedding.weight
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        dims = torch.arange(0, config.head_dim, 2, device=weight.device, dtype=dtype)
+        positions = torch.arange(config.seqlen, device=weight.device, dtype=dtype)
+        angles = torch.outer(positions, config.rotary_base ** -(dims / config.head_dim))
+        return angles.cos(), angles.sin()
 
     def loss(self, tokens: Tensor) -> Tensor:
         """Mean cross entropy, in nats, of each of tokens (batch, seqlen + 1) but the first."""
