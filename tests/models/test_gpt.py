@@ -132,3 +132,39 @@ def test_the_coldest_samples_are_the_likeliest(temperature: float) -> None:
     """Where a logit over it is infinite in fp32, or it is 0 there."""
     logits = torch.tensor([[1.0, 5.0, 2.0], [-7.0, -9.0, -8.0]])
     assert sample(logits, temperature, torch.Generator()).tolist() == [1, 0]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"layers": 0}, "layers is 0; it must be at least 1"),
+        ({"vocab_size": 2.5}, "vocab_size is 2.5; it must be an int"),
+        ({"head_dim": 7}, "head_dim is 7; rotary pairs need an even number"),
+        ({"heads": 4, "kv_heads": 3}, "heads is 4; it must be a multiple of 3, kv_heads"),
+        ({"rotary_base": 0.0}, "rotary_base is 0.0; it must be finite and above 0"),
+    ],
+)
+def test_sizes_are_checked(sizes: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        GPTConfig(**sizes)
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ((2, 25), "tokens has seqlen 25; it must be at most 24, the context"),
+        ((5,), r"tokens has shape \(5,\); it must be \(batch, seqlen\)"),
+    ],
+)
+def test_tokens_are_checked(shape: tuple[int, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        _model()(torch.zeros(shape, dtype=torch.int64))
+
+
+def test_what_is_generated_is_checked() -> None:
+    model = _model()
+    with pytest.raises(ValueError, match="tokens has seqlen 0; it must be at least 1"):
+        model.generate(_tokens(0), 1)
+    for temperature in (-1.0, math.nan, math.inf):
+        with pytest.raises(ValueError, match="it must be finite and at least 0"):
+            model.generate(_tokens(3), 1, temperature)

@@ -7,8 +7,9 @@ attention functions agree. With a `KVCache` it is `flash_attn_with_kvcache`, whi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
 import torch
@@ -30,6 +31,19 @@ class GPTConfig:
     kv_heads: int = 2
     head_dim: int = 32
     rotary_base: float = 10_000.0
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if name != "rotary_base":
+                check_size(name, value)
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim is {self.head_dim}; rotary pairs need an even number")
+        if self.heads % self.kv_heads:
+            raise ValueError(
+                f"heads is {self.heads}; it must be a multiple of {self.kv_heads}, kv_heads"
+            )
+        if not (math.isfinite(self.rotary_base) and self.rotary_base > 0.0):
+            raise ValueError(f"rotary_base is {self.rotary_base}; it must be finite and above 0")
 
     @property
     def width(self) -> int:
@@ -115,6 +129,13 @@ class GPT(nn.Module):
 
     def forward(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
         """With a cache, tokens follow those in it, and their keys and values are appended to it."""
+        if tokens.dim() != 2:
+            raise ValueError(f"tokens has shape {tuple(tokens.shape)}; it must be (batch, seqlen)")
+        if tokens.shape[1] > self.config.seqlen:
+            raise ValueError(
+                f"tokens has seqlen {tokens.shape[1]}; it must be at most {self.config.seqlen}, "
+                "the context"
+            )
         x = _norm(self.embedding(tokens))
         cos, sin = self._rotary_tables()
         for i, block in enumerate(self.blocks):
@@ -144,6 +165,9 @@ class GPT(nn.Module):
         generator: torch.Generator | None = None,
     ) -> Tensor:  # fmt: skip
         """tokens (batch, seqlen), and after them `count` sampled ones, or likeliest at 0."""
+        check_temperature(temperature)
+        if tokens.shape[-1] == 0:
+            raise ValueError("tokens has seqlen 0; it must be at least 1")
         for _ in range(count):
             logits = self(tokens[:, -self.config.seqlen :])[:, -1]
             following = sample(logits, temperature, generator)
@@ -159,6 +183,20 @@ def sample(logits: Tensor, temperature: float, generator: torch.Generator | None
     p = (below / max(temperature, 1e-30)).softmax(-1)
     # The smallest of exponential times with rates p; torch.multinomial would wait for the device.
     return (p / torch.empty_like(p).exponential_(generator=generator)).argmax(-1)
+
+
+def check_size(name: str, size: object) -> None:
+    if not isinstance(size, int) or isinstance(size, bool):
+        raise ValueError(f"{name} is {size}; it must be an int")
+    if size < 1:
+        raise ValueError(f"{name} is {size}; it must be at least 1")
+
+
+def check_temperature(temperature: float) -> None:
+    if not (
+        isinstance(temperature, int | float) and math.isfinite(temperature) and temperature >= 0.0
+    ):
+        raise ValueError(f"temperature is {temperature}; it must be finite and at least 0")
 
 
 def _norm(x: Tensor) -> Tensor:
