@@ -194,6 +194,8 @@ def test_sizes_are_checked(model: GPT, name: str) -> None:
     sizes = {"pages": 4, name: 0}
     with pytest.raises(ValueError, match=f"{name} is 0; it must be at least 1"):
         Engine(model, **sizes)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=f"{name} is 1.5; it must be an int"):
+        Engine(model, **sizes | {name: 1.5})  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -205,6 +207,10 @@ def test_sizes_are_checked(model: GPT, name: str) -> None:
         (Request((1,), 1, stop=99), r"stop has token 99; it must be in \[0, 32\)"),
         (Request((1,), 0), "limit is 0; it must be at least 1"),
         (Request((1.5,), 1), "prompt has token 1.5; it must be an int"),  # type: ignore[arg-type]
+        (Request((True,), 1), "prompt has token True; it must be an int"),
+        (Request((1,), 1, temperature="1"), "temperature is 1; it must be finite"),  # type: ignore[arg-type]
+        (Request((1,), 1, temperature=1.0, seed=2**64), r"seed is 18446744073709551616; it must"),
+        (Request((1,), 1, seed=1.5), "seed is 1.5; it must be an int"),  # type: ignore[arg-type]
         (Request((1,), 2.5), "limit is 2.5; it must be an int"),  # type: ignore[arg-type]
         (Request((1,), 1, temperature=-0.5), "temperature is -0.5; it must be finite and at least"),
         (Request((1,), 1, temperature=float("nan")), "temperature is nan; it must be finite"),

@@ -10,14 +10,13 @@ was accepted fails, and what is written for it does not depend on its company.
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from flashtile.models.gpt import GPT, GPTConfig, KVCache, sample
+from flashtile.models.gpt import GPT, GPTConfig, KVCache, check_size, check_temperature, sample
 
 
 @dataclass(frozen=True)
@@ -94,7 +93,7 @@ class Engine:
         dtype: of the cache, default the model's. Under autocast, autocast's.
 
     Raises:
-        ValueError: a size below 1.
+        ValueError: a size that is no int or below 1.
 
     >>> engine = Engine(model, pages=64)
     >>> generation = engine.submit(Request(prompt=(84, 104, 101), limit=20))
@@ -109,8 +108,7 @@ class Engine:
     ) -> None:  # fmt: skip
         sizes = {"pages": pages, "page_size": page_size, "batch": batch, "chunk": chunk}
         for name, size in sizes.items():
-            if size < 1:
-                raise ValueError(f"{name} is {size}; it must be at least 1")
+            check_size(name, size)
         weight = model.embedding.weight
         self.model, self.batch, self.chunk, self.device = model, batch, chunk, weight.device
         self.pool = PagePool(model.config, pages, page_size, self.device, dtype or weight.dtype)
@@ -126,9 +124,9 @@ class Engine:
         """Queue a request.
 
         Raises:
-            ValueError: a prompt that is empty or not of the vocabulary, a limit, stop or
-                temperature out of range, or more tokens than the model's context or the whole
-                pool can hold. One that fits the pool but not its free pages waits.
+            ValueError: a prompt that is empty or not of the vocabulary, a limit, stop, temperature
+                or seed out of range, or more tokens than the model's context or the whole pool can
+                hold. One that fits the pool but not its free pages waits.
         """
         self._check(request)
         generator = None
@@ -218,18 +216,14 @@ class Engine:
             raise ValueError("prompt has 0 tokens; it must have at least 1")
         for name, tokens in (("prompt", prompt), ("stop", (request.stop or 0,))):
             for token in tokens:
-                if not isinstance(token, int):
+                if not isinstance(token, int) or isinstance(token, bool):
                     raise ValueError(f"{name} has token {token}; it must be an int")
                 if not 0 <= token < vocabulary:
                     raise ValueError(f"{name} has token {token}; it must be in [0, {vocabulary})")
-        if not isinstance(limit, int):
-            raise ValueError(f"limit is {limit}; it must be an int")
-        if limit < 1:
-            raise ValueError(f"limit is {limit}; it must be at least 1")
-        if not (math.isfinite(request.temperature) and request.temperature >= 0.0):
-            raise ValueError(
-                f"temperature is {request.temperature}; it must be finite and at least 0"
-            )
+        check_size("limit", limit)
+        check_temperature(request.temperature)
+        if not (isinstance(request.seed, int) and -(2**63) <= request.seed < 2**64):
+            raise ValueError(f"seed is {request.seed}; it must be an int in [-2^63, 2^64)")
         size = f"prompt has {len(prompt)} tokens and limit is {limit}"
         if len(prompt) + limit > context:
             raise ValueError(f"{size}; together they must be at most {context}, the context")
