@@ -13,6 +13,7 @@ import pickle
 import random
 import re
 import statistics
+import struct
 import time
 from collections import deque
 from dataclasses import asdict, dataclass
@@ -72,8 +73,8 @@ def load(path: Path, device: torch.device) -> GPT:
         saved = torch.load(path, map_location=device, weights_only=True)
         model = GPT(GPTConfig(**saved["config"])).to(device)
         model.load_state_dict(saved["model"])
-    except (pickle.UnpicklingError, OSError, EOFError, RuntimeError, LookupError,
-            TypeError) as wrong:  # fmt: skip
+    except (pickle.UnpicklingError, struct.error, OSError, EOFError, RuntimeError, LookupError,
+            AttributeError, TypeError, ValueError) as wrong:  # fmt: skip
         reason = f"{path} is no file that this option wrote"
         raise typer.BadParameter(reason, param_hint="--checkpoint") from wrong
     return model
@@ -84,6 +85,18 @@ def save(model: GPT, path: Path) -> None:
     partial = path.with_name(path.name + ".partial")
     torch.save({"config": asdict(model.config), "model": model.state_dict()}, partial)
     partial.replace(path)
+
+
+def check_fits(limit: int, pages: int, page_size: int, context: int) -> None:
+    """Before anything is learnt or served: the longest request that may arrive has room."""
+    size = f"a prompt has up to {LONGEST_PROMPT} tokens and limit is {limit}"
+    if LONGEST_PROMPT + limit > context:
+        reason = f"{size}; together they must be at most {context}, the context"
+        raise typer.BadParameter(reason, param_hint="--limit")
+    needed = -(-(LONGEST_PROMPT + limit - 1) // page_size)  # the last token is never computed
+    if needed > pages:
+        reason = f"{size}; they may need {needed} pages of {page_size}, the pool has {pages}"
+        raise typer.BadParameter(reason, param_hint="--pages")
 
 
 def schedule(
@@ -204,6 +217,9 @@ def main(
     """A small GPT writes text for requests that come and go, over a paged KV cache."""
     console, where = Console(), torch_device(device)
     settings = Settings(where, steps=steps, model=GPTConfig(layers=2))
+    check_fits(limit, pages, page_size, settings.model.seqlen)
+    if not math.isfinite(temperature):
+        raise typer.BadParameter(f"{temperature} is not finite", param_hint="--temperature")
     console.print(f"on {describe(where)}")
     if checkpoint is not None and not checkpoint.absolute().parent.is_dir():
         raise typer.BadParameter(f"{checkpoint.parent} is not a folder", param_hint="--checkpoint")

@@ -62,7 +62,10 @@ def test_checkpoint_writes_the_same_texts(example: ModuleType, tmp_path: Path) -
     assert rows[0] == rows[1]
 
 
-@pytest.mark.parametrize("content", [b"", b"not a checkpoint", None])
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"not a checkpoint", b"\x80\x02X\x01\x00\x00\x00\x8b.", b"\x80\x02M", None],
+)
 def test_says_what_is_wrong_with_a_checkpoint(
     example: ModuleType, tmp_path: Path, content: bytes | None
 ) -> None:
@@ -77,8 +80,20 @@ def test_says_what_is_wrong_with_a_checkpoint(
     assert "--checkpoint" in done.output
 
 
-def test_says_what_does_not_fit(example: ModuleType) -> None:
-    done = _run(example, "--limit", "200", "--pages", "2")
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--limit", "200", "--pages", "2"), "they may need 15 pages of 16, the pool has 2"),
+        (("--limit", "225"), "together they must be at most 256, the context"),
+        (("--temperature", "inf"), "inf is not finite"),
+    ],
+)
+def test_says_what_does_not_fit(
+    example: ModuleType, options: tuple[str, ...], message: str
+) -> None:
+    """And before it has learned anything."""
+    done = _run(example, *options)
 
     assert done.exit_code == 2
-    assert "the pool has 2" in _words(done)
+    assert message in _words(done)
+    assert "learning" not in done.output
