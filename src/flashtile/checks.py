@@ -35,6 +35,14 @@ def is_tensor(name: str, x: object, rank: int | None = None) -> None:
         raise ValueError(f"{name} has shape {tuple(x.shape)}; it must have {rank} dimensions")
 
 
+def offsets(name: str, x: object) -> None:
+    """Check the rank and size of cumulative lengths: (batch + 1,)."""
+    is_tensor(name, x, 1)
+    assert isinstance(x, Tensor)
+    if x.shape[0] == 0:
+        raise ValueError(f"{name} has 0 entries; it must have batch + 1")
+
+
 def is_writable(name: str, x: Tensor) -> None:
     """Check that no dimension was made by `expand`."""
     if any(size > 1 and stride == 0 for size, stride in zip(x.shape, x.stride(), strict=True)):
@@ -122,9 +130,8 @@ def _check_shapes(call: Call) -> None:
 def _check_sequences(call: Call) -> None:
     seqs, q = call.sequences, call.operands.q
     if call.varlen:
+        offsets("cu_seqlens_q", seqs.cu_seqlens_q)
         int32("cu_seqlens_q", seqs.cu_seqlens_q, q, (-1,))
-        if call.batch < 0:
-            raise ValueError("cu_seqlens_q has 0 entries; it must have batch + 1")
         if seqs.cu_seqlens_k is None and not call.cached:
             raise ValueError(
                 "cu_seqlens_k is None; only block_table with seqused_k can do without it"

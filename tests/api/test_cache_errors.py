@@ -82,6 +82,12 @@ VALUES: list[tuple[dict[str, Any], str]] = [
         "cache_seqlens[1] is 17; it must be in [0, 16], what k_cache holds",
     ),
     (given(k=None, v=None, cache_seqlens=17), "cache_seqlens is 17; the cache holds 16"),
+    (given(cache_seqlens=-(2**40)), "cache_seqlens is -1099511627776; it must be at least 0"),
+    (given(cache_seqlens=2**40), "cache_seqlens is 1099511627776; it must be less than 2^31"),
+    (
+        packed(cu_seqlens_q=ints(), k=None, v=None, cu_seqlens_k_new=None, cache_seqlens=None),
+        "cu_seqlens_q has 0 entries; it must have batch + 1",
+    ),
     (
         packed(cache_seqlens=ints(5, 14)),
         "cache_seqlens plus 3 new tokens reaches 17; k_cache holds 16",

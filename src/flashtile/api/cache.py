@@ -130,7 +130,7 @@ def flash_attn_with_kvcache(
     for name, x in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache)):
         checks.is_tensor(name, x, 3 if name == "q" and cu_seqlens_q is not None else 4)
     if cu_seqlens_q is not None:
-        checks.is_tensor("cu_seqlens_q", cu_seqlens_q, 1)
+        checks.offsets("cu_seqlens_q", cu_seqlens_q)
     casts = checks.autocasts(q) and k_cache.dtype != E4M3
     if casts:
         q = q.to(k_cache.dtype)
@@ -195,8 +195,9 @@ def _lengths(cache_seqlens: int | Tensor | None, call: Sequence[Tensor | None]) 
     if not isinstance(cache_seqlens, int | torch.SymInt):
         kind = type(cache_seqlens).__name__
         raise TypeError(f"cache_seqlens is a {kind}; it must be an int or an int32 tensor")
-    if cache_seqlens >= 2**31:
-        raise ValueError(f"cache_seqlens is {cache_seqlens}; it must be less than 2^31")
+    if not -(2**31) <= cache_seqlens < 2**31:  # what an int32 holds is checked with the cache
+        limit = "at least 0" if cache_seqlens < 0 else "less than 2^31"
+        raise ValueError(f"cache_seqlens is {cache_seqlens}; it must be {limit}")
     return torch.full((batch,), cache_seqlens, dtype=torch.int32, device=q.device)
 
 
