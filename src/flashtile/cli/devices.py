@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import torch
 import typer
 
@@ -22,6 +24,10 @@ def torch_device(name: str | None) -> torch.device:
 def plan_device(name: str | None, arch: str) -> Device:
     """A device to plan for: one that is here, or with an arch any GPU."""
     if arch:
+        if not re.fullmatch(r"sm_\d+|gfx[\da-f]+", arch):
+            raise typer.BadParameter(
+                f"{arch!r} is not of the form sm_90 or gfx942", param_hint="--arch"
+            )
         return Device("cuda", arch, has_triton=True)
     return Device.of(torch_device(name))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Any
 
 import torch
@@ -89,4 +90,6 @@ def _features(r: Request, seqlen_k: int, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def _meta(dtype: torch.dtype, *shape: int) -> Tensor:
+    if prod(max(1, n) for n in shape) * dtype.itemsize >= 2**63:
+        raise ValueError(f"a tensor of shape {shape} has more than 2^63 bytes")
     return torch.empty(shape, dtype=dtype, device="meta")
