@@ -260,6 +260,14 @@ def test_mistakes_are_named(
     assert message in " ".join(done.output.replace("│", " ").split())
 
 
+def test_the_interpreter_compiles_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    done = CliRunner().invoke(app, ["compile"], env={"COLUMNS": "200"})
+
+    assert done.exit_code == 2
+    assert "TRITON_INTERPRET is set: the interpreter compiles nothing" in done.output
+
+
 def test_the_cases_cover_every_feature() -> None:
     assert {case.variant for case in every_case()} == set(VARIANTS)
 

@@ -17,7 +17,7 @@ from rich.table import Table
 
 from flashtile.cli.info import triton_cache
 from flashtile.compiling.cases import device_cases, every_case
-from flashtile.compiling.pool import Job, compile_jobs, jobs
+from flashtile.compiling.pool import InterpreterError, Job, compile_jobs, jobs
 from flashtile.compiling.record import Record, faults
 from flashtile.plan import Device
 from flashtile.tiles import SHARED_LIMIT
@@ -40,7 +40,10 @@ def wanted_jobs(archs: Sequence[str], match: str, for_device: bool = False) -> l
         if arch not in SHARED_LIMIT:
             known = ", ".join(SHARED_LIMIT)
             raise typer.BadParameter(f"{arch!r} is not one of {known}", param_hint="--arch")
-    every = jobs(archs, device_cases() if for_device else every_case())
+    try:
+        every = jobs(archs, device_cases() if for_device else every_case())
+    except InterpreterError as wrong:
+        raise typer.BadParameter(str(wrong)) from wrong
     found = [job for job in every if match in str(job)]
     if not found:
         names = "; ".join(sorted({str(job) for job in every}))

@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from flashtile.backends.launch import Launch
 
 
+class InterpreterError(RuntimeError):
+    """Triton runs kernels in its interpreter."""
+
+
 class Job(NamedTuple):
     """One kernel to compile. Launches hold functions, which do not pickle: a job names one."""
 
@@ -42,7 +46,7 @@ def jobs(archs: Sequence[str], cases: Sequence[Case]) -> list[Job]:
     from flashtile.compiling.launches import launches, signature  # noqa: PLC0415
 
     if knobs.runtime.interpret:
-        raise RuntimeError("TRITON_INTERPRET is set: the interpreter compiles nothing")
+        raise InterpreterError("TRITON_INTERPRET is set: the interpreter compiles nothing")
     found: dict[tuple[str, str], Job] = {}
     owners: dict[str, str] = {}
     widest: dict[tuple[Any, ...], int] = {}
