@@ -112,6 +112,8 @@ def test_command_decodes(tmp_path: Path) -> None:
         (("speed",), "'speed' is none of dense, features, memory, host, decode"),
         (("dense", "--mode", "both"), "'both' is none of fwd, bwd"),
         (("dense", "--provider", "xformers"), "'xformers' is none of flashtile"),
+        (("dense", "--output", __file__), f"{__file__}: File exists"),
+        (("dense", "--output", f"{__file__}/x"), f"{__file__}/x: Not a directory"),
         (("features", "--feature", "swa"), "'swa' is none of full, causal, window"),
     ],
 )

@@ -64,6 +64,10 @@ def bench(
         modes=tuple(mode or MODES), features=tuple(feature or ()),
         providers=tuple(provider or ()), flex_all=flex_all, commit=commit,
     )  # fmt: skip
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as wrong:
+        raise typer.BadParameter(f"{output}: {wrong.strerror}", param_hint="--output") from wrong
     for name in suites:
         if SUITES[name].device not in ("", where.type):
             raise typer.BadParameter(f"{name} is measured on a CPU: --device cpu")
