@@ -126,6 +126,14 @@ def test_cold_processes_share_one_cache(tmp_path: Path) -> None:
     assert Process(tmp_path, []).results() == [[sizes.pop()]]
 
 
+def test_a_folder_that_cannot_be_is_named(tmp_path: Path) -> None:
+    (tmp_path / "cache").touch()
+    process = Process(tmp_path, [])
+
+    with pytest.raises(AssertionError, match=r"OSError: Triton cannot keep kernels in .*/cache'"):
+        process.results()
+
+
 KEYS = """
 import sys
 from flashtile.backends import hopper

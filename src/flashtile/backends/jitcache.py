@@ -87,7 +87,13 @@ class CheckedCache(FileCacheManager):
     def __init__(
         self, key: str, override: bool = False, dump: bool = False, *, read: list[Path]
     ) -> None:
-        super().__init__(key, override=override, dump=dump)
+        try:
+            super().__init__(key, override=override, dump=dump)
+        except (OSError, RuntimeError) as wrong:  # the latter where the variable is empty
+            if dump:
+                raise
+            folder = f"Triton cannot keep kernels in {knobs.cache.dir!r}: {wrong}"
+            raise OSError(f"{folder}; set TRITON_CACHE_DIR to a folder to write to") from wrong
         self.read = read  # indices of the entries that were read
 
     def get_group(self, filename: str) -> dict[str, str] | None:
