@@ -74,6 +74,7 @@ TYPE_ERRORS: list[tuple[Any, str]] = [
     (lambda: combine(lse=torch.ones(2, 8).int()), "they must be floating"),
     (lambda: combine(out_dtype=torch.int32), "out_dtype is torch.int32; it must be a floating"),
     (lambda: combine(out_dtype=3), "out_dtype is 3; it must be a floating torch.dtype"),
+    (lambda: dense(attention_chunk=2.0), "attention_chunk is a float; it must be an int"),
     (lambda: dense(window_size=("a", 0)), "window_size is ('a', 0); its sides must be ints"),
     (lambda: dense(softmax_scale=[0.3]), "softmax_scale is [0.3]; it must be a number"),
     (lambda: dense(softcap=None), "softcap is None; it must be a number"),
@@ -115,6 +116,7 @@ VALUE_ERRORS: list[tuple[Any, str]] = [
     (lambda: dense(dropout_p=-0.1), "dropout_p is -0.1; it must be in [0, 1)"),
     (lambda: dense(softcap=-1.0), "softcap is -1.0; it must be finite and at least 0"),
     (lambda: dense(softmax_scale=float("nan")), "softmax_scale is nan; it must be finite"),
+    (lambda: dense(attention_chunk=-1), "attention_chunk is -1; it must be at least 0 (0: off)"),
     (lambda: dense(window_size=(-2, 0)), "window_size left is -2; it must be at least 0, or -1 or"),
     (lambda: dense(window_size=(0, -7)), "window_size right is -7; it must be at least 0"),
     (

@@ -20,15 +20,21 @@ LLAMA = AttentionProblem("cpu", "float32", 1, 4096, 4096, 32, 8, 128, 128, windo
 @pytest.mark.parametrize(("seqlen_q", "seqlen_k"), [(1, 1), (5, 9), (9, 5), (12, 12), (1, 30)])
 @pytest.mark.parametrize("left", [-1, 0, 2, 50])
 @pytest.mark.parametrize("right", [-1, 0, 3, 50])
-def test_visible_pairs_by_counting(seqlen_q: int, seqlen_k: int, left: int, right: int) -> None:
+@pytest.mark.parametrize("chunk", [0, 1, 4, 40])
+def test_visible_pairs_by_counting(
+    seqlen_q: int, seqlen_k: int, left: int, right: int, chunk: int
+) -> None:
     problem = replace(
-        LLAMA, seqlen_q=seqlen_q, seqlen_k=seqlen_k, window_left=left, window_right=right
-    )
+        LLAMA, seqlen_q=seqlen_q, seqlen_k=seqlen_k, window_left=left, window_right=right,
+        attention_chunk=chunk,
+    )  # fmt: skip
     count = 0
     for i in range(seqlen_q):
         for j in range(seqlen_k):
             distance = j - (i + seqlen_k - seqlen_q)
-            count += (left == -1 or distance >= -left) and (right == -1 or distance <= right)
+            inside = chunk == 0 or j // chunk == (j - distance) // chunk
+            banded = (left == -1 or distance >= -left) and (right == -1 or distance <= right)
+            count += inside and banded
     assert visible_pairs(problem) == count
 
 
@@ -135,9 +141,9 @@ def test_tiles_fit_shared_memory_or_the_plan_says_why(
 
 def test_explanation_names_the_choice_and_what_was_passed_over() -> None:
     q, k = torch.randn(2, 100, 8, 64), torch.randn(2, 300, 2, 64)
-    text = str(explain(q, k, k, causal=True, softcap=3.0, window_size=(128, 0)))
+    text = str(explain(q, k, k, causal=True, softcap=3.0, window_size=(128, 0), attention_chunk=64))
     for part in ("100 queries x 300 keys", "8 query, 2 KV", "float32 on cpu", "softcap", "torch",
-                 "128 to the left", "not hopper", "not triton"):  # fmt: skip
+                 "128 to the left", "in chunks of 64", "not hopper", "not triton"):  # fmt: skip
         assert part in text
     cu = torch.tensor([0, 40, 100], dtype=torch.int32)
     packed = q[0], q[0], q[0]

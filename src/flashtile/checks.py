@@ -278,6 +278,11 @@ def _check_scalars(call: Call) -> None:
             raise TypeError(f"{name} is a {type(count).__name__}; it must be an int")
         if count < 0:
             raise ValueError(f"{name} is {count}; it must be at least 0 (0: planned)")
+    chunk = variant.attention_chunk
+    if not isinstance(chunk, int | torch.SymInt):
+        raise TypeError(f"attention_chunk is a {type(chunk).__name__}; it must be an int")
+    if chunk < 0:
+        raise ValueError(f"attention_chunk is {chunk}; it must be at least 0 (0: off)")
     for side, size in (("left", variant.window_left), ("right", variant.window_right)):
         if size < UNBOUNDED:
             raise ValueError(

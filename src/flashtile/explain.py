@@ -95,6 +95,11 @@ def _splits_text(p: AttentionProblem, config: DecodeConfig) -> str:
 
 
 def _mask_text(p: AttentionProblem) -> str:
+    chunks = f", in chunks of {p.attention_chunk:,} keys" if p.attention_chunk else ""
+    return _band_text(p) + chunks
+
+
+def _band_text(p: AttentionProblem) -> str:
     if p.window_left == UNBOUNDED and p.window_right == UNBOUNDED:
         return "full"
     if p.window_left == UNBOUNDED and p.causal:

@@ -134,7 +134,7 @@ def _chains(problem: AttentionProblem) -> int:
     costs more: full attention 1.02 to 1.05, windows 1.27, groups of four query heads 1.13 to 1.24,
     smaller head dims 0.96 to 1.07.
     """
-    causal = problem.window_right >= 0 and problem.window_left < 0
+    causal = problem.window_right >= 0 and not problem.windowed
     return 3 if problem.head_dim > 192 and causal and problem.group == 1 else 1
 
 
@@ -162,7 +162,7 @@ def _schedule(problem: AttentionProblem, padded: int) -> dict[str, Any]:
     64, 0.566 / 0.593 at 128; with skips that ask in each step 0.808 and 0.572.
     """
     dense = problem.layout == "dense"
-    if problem.features & LISTED or (problem.window_left < 0 and problem.window_right < 0):
+    if problem.features & LISTED or not (problem.windowed or problem.window_right >= 0):
         return {"lags": True}
     if _short(problem):
         return {"skips": True, "adds": "after the first"}
@@ -171,7 +171,7 @@ def _schedule(problem: AttentionProblem, padded: int) -> dict[str, Any]:
     # tiles, and none where they take one: 16k 4.49 -> 5.01 ms.
     spills = dense and not narrow and "alibi_slopes" in problem.features
     gains = narrow or (problem.group == 1 and problem.seqlen_k <= longest)
-    if gains and problem.window_left < 0 and not problem.features & UNORDERED:
+    if gains and not problem.windowed and not problem.features & UNORDERED:
         return {
             "lags": True,
             "skips_last": not narrow,

@@ -228,6 +228,6 @@ def _tile_of_64(problem: AttentionProblem) -> HopperTile:
     if capped:
         bounded = p.dtype == "bfloat16" and "alibi_slopes" not in p.features
         return _D64_LONG if long and bounded else _D64_NARROW
-    if p.window_left >= 0 or (dense and causal and p.seqlen_k <= 512):
+    if p.windowed or (dense and causal and p.seqlen_k <= 512):
         return _D64_NARROW
     return _D64_LONG if long else _D64_SHORT

@@ -31,9 +31,9 @@ _CALL = (
     "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? seqused_q, Tensor? seqused_k, "
     "Tensor? block_table, Tensor? cache_batch_idx, Tensor? cache_leftpad, "
     "SymInt max_seqlen_q, SymInt max_seqlen_k, "
-    "float softmax_scale, SymInt window_left, SymInt window_right, float softcap, "
-    "float dropout_p, bool deterministic, int score_mod, int mask_mod, "
-    "int num_splits, int split_size, bool latent"
+    "float softmax_scale, SymInt window_left, SymInt window_right, "
+    "SymInt attention_chunk, float softcap, float dropout_p, bool deterministic, "
+    "int score_mod, int mask_mod, int num_splits, int split_size, bool latent"
 )
 _CACHE_CALL = _CALL.replace("Tensor k, Tensor v", "Tensor(a!) k_cache, Tensor(b!) v_cache")
 _CACHE_CALL = _CACHE_CALL.replace(

@@ -192,8 +192,19 @@ def torch_tile(problem: AttentionProblem) -> TileConfig:
 
 
 def visible_pairs(problem: AttentionProblem) -> int:
-    """(query, key) pairs of one sequence and head that causality and window leave."""
-    seqlen_q, seqlen_k = problem.seqlen_q, problem.seqlen_k
+    """(query, key) pairs of one sequence and head that causality, window and chunks leave."""
+    p, chunk = problem, problem.attention_chunk
+    if chunk == 0:
+        return _pairs(p, p.seqlen_q, p.seqlen_k)
+    queries = min(p.seqlen_q, p.seqlen_k)  # those before the first key see none
+    keys = p.seqlen_k - max(0, p.seqlen_k - 1) // chunk * chunk  # of the last chunk
+    whole, rest = divmod(max(0, queries - keys), chunk)
+    of_last, of_whole = _pairs(p, min(queries, keys), keys), whole * _pairs(p, chunk, chunk)
+    return of_last + of_whole + _pairs(p, rest, chunk)
+
+
+def _pairs(problem: AttentionProblem, seqlen_q: int, seqlen_k: int) -> int:
+    """`visible_pairs` of so many queries and keys, without chunks."""
     offset, left, right = seqlen_k - seqlen_q, problem.window_left, problem.window_right
     above = seqlen_q * seqlen_k
     if right != UNBOUNDED:

@@ -63,6 +63,7 @@ class Variant(NamedTuple):
     softmax_scale: float
     window_left: int = UNBOUNDED
     window_right: int = UNBOUNDED
+    attention_chunk: int = 0  # keys of a chunk that queries see no other than, 0 is off
     softcap: float = 0.0  # 0 is off
     dropout_p: float = 0.0
     deterministic: bool = False
@@ -114,8 +115,13 @@ class Call(NamedTuple):
 
     @property
     def banded(self) -> bool:
-        """Whether causality or a window bounds the keys that a query sees."""
-        return (self.variant.window_left, self.variant.window_right) != (UNBOUNDED, UNBOUNDED)
+        """Whether causality, a window or a chunk bounds the keys that a query sees."""
+        return self.variant.window_right != UNBOUNDED or self.windowed
+
+    @property
+    def windowed(self) -> bool:
+        """Whether a query sees no keys that are long before it."""
+        return self.variant.window_left != UNBOUNDED or self.variant.attention_chunk > 0
 
     @property
     def ragged(self) -> bool:
@@ -211,6 +217,7 @@ class AttentionProblem:
     head_dim_v: int
     window_left: int = UNBOUNDED
     window_right: int = UNBOUNDED
+    attention_chunk: int = 0
     layout: str = "dense"  # dense or varlen
     page_size: int = 0  # 0 is not paged
     features: frozenset[str] = frozenset()  # names of the other features in use
@@ -224,18 +231,22 @@ class AttentionProblem:
         return self.window_right == 0
 
     @property
+    def windowed(self) -> bool:
+        """`Call.windowed`."""
+        return self.window_left != UNBOUNDED or self.attention_chunk > 0
+
+    @property
     def kind(self) -> str:
-        """What tiles depend on besides the head dims: "banded" where causality or a window is all
-        that happens to the scores, "scores" where softcap or ALiBi is, "dropout"; the latter two
-        are "masked" where tensors are read for masks or biases besides; else ""."""
+        """What tiles depend on besides the head dims: "banded" where causality, a window or a chunk
+        is all that happens to the scores, "scores" where softcap or ALiBi is, "dropout"; the
+        latter two are "masked" where tensors are read for masks or biases besides; else ""."""
         elementwise = self.features & ELEMENTWISE
         masked = "" if elementwise <= COMPUTED else "masked "
         if "dropout" in self.features:
             return masked + "dropout"
         if elementwise:
             return masked + "scores" if elementwise & COMPUTED else ""
-        bounded = (self.window_left, self.window_right) != (UNBOUNDED, UNBOUNDED)
-        return "banded" if bounded else ""
+        return "banded" if self.window_right != UNBOUNDED or self.windowed else ""
 
     @property
     def group(self) -> int:
@@ -297,6 +308,7 @@ def describe(call: Call) -> AttentionProblem:
         head_dim_v=v.shape[-1],
         window_left=variant.window_left,
         window_right=variant.window_right,
+        attention_chunk=variant.attention_chunk,
         layout="varlen" if call.varlen else "dense",
         page_size=k.shape[1] if sequences.block_table is not None else 0,
         features=_features(call),

@@ -30,6 +30,7 @@ class _Variant(NamedTuple):
     scale: float
     left: int
     right: int
+    chunk: int
     softcap: float
     alibi_slopes: Tensor | None  # (batch | 1, heads)
     bias: Tensor | None  # (1 | batch, 1 | heads, 1 | seqlen_q, seqlen_k)
@@ -91,6 +92,7 @@ def attention(
     v_descale: Tensor | None = None,
     score_mod: Any = None,
     mask_mod: Any = None,
+    attention_chunk: int = 0,
     dtype: torch.dtype | None = torch.float64,
 ) -> AttentionResult:
     """softmax(mask(mods(q k^T * scale))) v, and its log-sum-exp.
@@ -105,16 +107,14 @@ def attention(
     ids = (document_ids, document_ids) if isinstance(document_ids, Tensor) else document_ids
     slopes = None if alibi_slopes is None else alibi_slopes.reshape(-1, q.shape[-2])
     variant = _Variant(
-        scale_or_default(softmax_scale, q), left, right, softcap, slopes, bias, attn_mask,
-        learnable_sink, ids, dropout_p, rng_state,
+        scale_or_default(softmax_scale, q), left, right, attention_chunk, softcap, slopes, bias,
+        attn_mask, learnable_sink, ids, dropout_p, rng_state,
         tree_mask[None] if tree_mask is not None and tree_mask.dim() == 2 else tree_mask,
         (score_mod, mask_mod),
     )  # fmt: skip
     dtype = q.dtype if dtype is None else dtype
-    seqs = Sequences(
-        cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, block_table, cache_batch_idx,
-        cache_leftpad,
-    )  # fmt: skip
+    seqs = Sequences(cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, block_table,
+                     cache_batch_idx, cache_leftpad)  # fmt: skip
     shape = (*q.shape[:-1], v.shape[-1])
     out = torch.zeros(shape, dtype=dtype, device=q.device)
     lse = torch.full(shape[:-1], -math.inf, dtype=_at_least_fp32(dtype), device=q.device)
@@ -144,6 +144,7 @@ def attention_with_kvcache(
     cu_seqlens_k_new: Tensor | None = None,
     causal: bool = False,
     window_size: tuple[int | None, int | None] = (-1, -1),
+    attention_chunk: int = 0,
     k_descale: Tensor | None = None,
     v_descale: Tensor | None = None,
     **keywords: Any,
@@ -158,7 +159,7 @@ def attention_with_kvcache(
     lengths = torch.as_tensor(capacity if cache_seqlens is None else cache_seqlens).to(q.device)
     lengths = lengths.expand(batch).to(torch.int64)
     k_cache, v_cache, q = k_cache.clone(), v_cache.clone(), q.clone()
-    advance = window_sides(window_size, causal) != (-1, -1)
+    advance = attention_chunk > 0 or window_sides(window_size, causal) != (-1, -1)
     after = lengths.clone()
     if k is not None and v is not None:
         for b in range(batch):
@@ -181,7 +182,7 @@ def attention_with_kvcache(
     result = attention(
         q, k_cache, v_cache, causal=causal, window_size=window_size, seqused_k=after,
         cu_seqlens_q=cu_seqlens_q, block_table=block_table, cache_batch_idx=cache_batch_idx,
-        k_descale=k_descale, v_descale=v_descale, **keywords,
+        k_descale=k_descale, v_descale=v_descale, attention_chunk=attention_chunk, **keywords,
     )  # fmt: skip
     return result, k_cache, v_cache
 
@@ -205,7 +206,7 @@ def signed_probabilities(call: Call, score_mod: Any = None, mask_mod: Any = None
     q, k, v = operands[:3]
     slopes, ids = operands.alibi_slopes, (operands.document_ids_q, operands.document_ids_k)
     variant = _Variant(
-        scalars.softmax_scale, scalars.window_left, scalars.window_right, scalars.softcap,
+        *scalars[:5],  # scale to softcap
         None if slopes is None else slopes.reshape(-1, q.shape[-2]), operands.bias,
         operands.attn_mask, operands.learnable_sink, None if ids[0] is None else ids,
         scalars.dropout_p, operands.rng_state, operands.tree_mask, (score_mod, mask_mod),
@@ -241,9 +242,7 @@ def _sequences(
     q: Tensor, k: Tensor, v: Tensor, seqs: Sequences, scales: _Scales
 ) -> Iterator[_Sequence]:
     """Cut a call into its sequences."""
-    cu_q, cu_k, table, rows = (
-        seqs.cu_seqlens_q, seqs.cu_seqlens_k, seqs.block_table, seqs.cache_batch_idx,
-    )  # fmt: skip
+    cu_q, cu_k, _, _, table, rows = seqs[:6]
     for b in range(q.shape[0] if cu_q is None else len(cu_q) - 1):
         q_start, q_stop = (0, q.shape[1]) if cu_q is None else _span(cu_q, b)
         if seqs.seqused_q is not None:
@@ -345,13 +344,9 @@ def _scores(seq: _Sequence, variant: _Variant, dtype: torch.dtype) -> Tensor:
     score_mod, mask_mod = variant.functions
     if score_mod is not None:
         s = score_mod.eager[0](s, at, score_mod.args)
-    visible = torch.ones_like(distance, dtype=torch.bool)
+    visible = _in_band(variant, k_idx, distance)
     if mask_mod is not None:
         visible = visible & mask_mod.eager(at, mask_mod.args)
-    if variant.left >= 0:
-        visible = visible & (distance >= -variant.left)
-    if variant.right >= 0:
-        visible = visible & (distance <= variant.right)
     if variant.documents is not None:
         visible = visible & _same_document(seq, variant.documents)
     if variant.tree_mask is not None:
@@ -363,6 +358,13 @@ def _scores(seq: _Sequence, variant: _Variant, dtype: torch.dtype) -> Tensor:
         else:
             s = s + mask.to(dtype)
     return torch.where(visible, s, -math.inf)
+
+
+def _in_band(variant: _Variant, k_idx: Tensor, distance: Tensor) -> Tensor:
+    """What causality, the window and chunks leave."""
+    left, right = (math.inf if x < 0 else x for x in (variant.left, variant.right))
+    seen, chunk = (distance >= -left) & (distance <= right), variant.chunk
+    return seen if chunk == 0 else seen & (k_idx // chunk == (k_idx - distance) // chunk)
 
 
 def _window_of(x: Tensor, seq: _Sequence, seqlen_q: int, seqlen_k: int) -> Tensor:

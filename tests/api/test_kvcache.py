@@ -37,6 +37,7 @@ VARIANTS: list[dict[str, Any]] = [
     {},
     {"causal": True},
     {"window_size": (7, 2)},
+    {"attention_chunk": 5},
     {"causal": True, "softcap": 3.0, "alibi_slopes": torch.rand(HEADS)},
     {"causal": True, "learnable_sink": torch.randn(HEADS)},
 ]

@@ -133,6 +133,7 @@ def test_tiles_fit_and_do_not_depend_on_lengths_alone() -> None:
     packed = replace(dims, layout="varlen")
     assert not forward_tile(packed).turns
     assert forward_tile(replace(packed, window_left=100)).block_n == 64
+    assert forward_tile(replace(packed, attention_chunk=100)).block_n == 64
     assert hopper_tiles.forward_tile(LLAMA).block_m == 128
 
 
@@ -195,6 +196,7 @@ def test_tiles_of_many_heads_follow_each_other_in_order(
     ("dim", "tokens", "heads", "given", "chunk"),
     [(128, 4096, 16, {"causal": True}, 4), (64, 4096, 15, {"causal": True}, 1),
      (256, 4096, 16, {"causal": True}, 1), (64, 4096, 16, {"window_size": (9, 0)}, 1),
+     (128, 4096, 16, {"causal": True, "attention_chunk": 512}, 1),
      (64, 4096, 16, {"window_size": (-1, 9)}, 4), (64, 4096, 16, {}, 1)],
 )  # fmt: skip
 def test_many_causal_tiles_are_in_chunks_where_they_add_in_order(

@@ -74,6 +74,7 @@ def _on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(schedule, "number", _number)
     monkeypatch.setattr(masks, "tl", LANGUAGE)
     monkeypatch.setattr(masks, "number", _number)
+    monkeypatch.setattr(masks, "chunk_start", masks.chunk_start.fn)
     monkeypatch.setattr(key_tiles, "pinned", lambda n: torch.tensor(_number(n)))
     monkeypatch.setattr(key_tiles, "split_tile", scheduler.split_tile.fn)
     monkeypatch.setattr(scheduler, "gl", LANGUAGE)
@@ -198,6 +199,9 @@ CALLS: dict[str, tuple[Any, dict[str, Any]]] = {
     "more queries": ((3, 1, [(600, 300)]), {"causal": True, "dim": 64}),
     "window": ((4, 2, [(900, 900)]), {"causal": True, "window_size": (200, 0)}),
     "band": ((2, 2, [(500, 800)]), {"window_size": (130, 60), "dim": 256}),
+    "chunk": ((4, 2, [(900, 900)]), {"causal": True, "attention_chunk": 200}),
+    "short chunk": ((2, 2, [(300, 420)] * 2), {"attention_chunk": 130, "dim": 64}),
+    "chunk and band": ((2, 1, [(700, 500)]), {"attention_chunk": 190, "window_size": (100, 60)}),
     "shared": ((4, 1, [(600, 1300)]), {"causal": True}),
     "chains": ((2, 2, [(700, 700), (300, 500)]), {"causal": True, "dim": 256}),
     "used": ((4, 2, [(150, 120), (0, 300), (500, 660)]),
@@ -205,6 +209,8 @@ CALLS: dict[str, tuple[Any, dict[str, Any]]] = {
     "packed": ((4, 2, [(300, 300), (0, 70), (129, 1), (64, 200)]), {"causal": True}),
     "packed chains": ((2, 2, [(300, 300), (0, 70), (129, 1), (64, 200)]),
                       {"causal": True, "dim": 256}),
+    "packed chunk": ((4, 2, [(300, 300), (0, 70), (129, 1), (64, 200)]),
+                     {"causal": True, "attention_chunk": 90}),
     "packed used": ((2, 2, [(290, 130), (3, 0), (100, 333)]),
                     {"causal": True, "rooms": [(300, 300), (10, 70), (129, 400)]}),
 }  # fmt: skip
@@ -235,6 +241,8 @@ def test_tiles_add_to_every_block_that_sees_them_once(
         seen = torch.ones_like(distance, dtype=torch.bool)
         seen &= distance <= window[1] if window[1] is not None else seen
         seen &= distance >= -window[0] if window[0] is not None else seen
+        if chunk := keywords.get("attention_chunk", 0):
+            seen &= torch.arange(keys) // chunk == (torch.arange(keys) - distance) // chunk
         for key in range(0, keys, tile.block_n):
             for row in range(0, queries, tile.block_m):
                 if seen[row : row + tile.block_m, key : key + tile.block_n].any():
@@ -387,7 +395,8 @@ def _duration(tiles: list[list[Step]], ctas: int, ordered: bool) -> float:
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "batch", "keywords"),
     [(8, 2, 1, {"causal": True}), (4, 1, 4, {}), (4, 4, 2, {"causal": True}),
-     (8, 8, 1, {"causal": True, "window_size": (300, 0)})],
+     (8, 8, 1, {"causal": True, "window_size": (300, 0)}),
+     (8, 8, 1, {"causal": True, "attention_chunk": 384})],
 )  # fmt: skip
 def test_tiles_hardly_wait_for_each_other(
     heads: int, kv_heads: int, batch: int, keywords: dict[str, Any]

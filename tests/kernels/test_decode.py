@@ -83,6 +83,7 @@ FEATURES: dict[str, dict[str, Any]] = {
     "full": {},
     "causal": {"causal": True},
     "window": {"window_size": (20, 3)},
+    "chunk": {"attention_chunk": 23, "causal": True},
     "mods": {"causal": True, "softcap": 5.0, "alibi_slopes": torch.tensor([0.1, 0.4, 0.2, 0.9])},
     "sink": {"learnable_sink": torch.tensor([0.5, -1.0, 2.0, 0.0]), "window_size": (None, 0)},
 }

@@ -20,6 +20,7 @@ FEATURES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "causal": ({"causal": True}, ()),
     "window": ({"window_size": (5, 3)}, ()),
     "left": ({"window_size": (7, -1)}, ()),
+    "chunk": ({"attention_chunk": 11}, ()),
     "softcap": ({"softcap": 2.0}, ()),
     "scale": ({"softmax_scale": -0.4}, ()),
     "dropout": ({"dropout_p": 0.3}, ()),

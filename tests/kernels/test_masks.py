@@ -54,6 +54,7 @@ class Geometry(NamedTuple):
     right: int | None
     rows: int
     block: int
+    chunk: int = 0
 
 
 def _visible(g: Geometry) -> Tensor:
@@ -64,13 +65,16 @@ def _visible(g: Geometry) -> Tensor:
         seen &= distance >= -g.left
     if g.right is not None:
         seen &= distance <= g.right
+    if g.chunk:
+        keys = torch.arange(g.seqlen_k)
+        seen &= keys // g.chunk == (keys - distance) // g.chunk
     return seen
 
 
 def _visited(g: Geometry, by_keys: bool) -> list[tuple[list[int], list[int]]]:
     """(partial, full) blocks of each tile, by the kernels' own functions."""
     q, k = torch.randn(1, g.seqlen_q, 1, 8), torch.randn(1, g.seqlen_k, 1, 8)
-    call = normalise(q, k, k, window_size=(g.left, g.right))
+    call = normalise(q, k, k, window_size=(g.left, g.right), attention_chunk=g.chunk)
     tiles = -(-(g.seqlen_k if by_keys else g.seqlen_q) // g.rows)
     found = torch.full((tiles, 2, MOST), -1, dtype=torch.int32)
     probe[(tiles,)](
@@ -84,6 +88,7 @@ SIDES = st.one_of(st.none(), st.integers(0, 9), st.integers(10, 120))
 GEOMETRIES = st.builds(
     Geometry, st.integers(1, 100), st.integers(1, 100), SIDES, SIDES,
     st.sampled_from((8, 16, 32)), st.sampled_from((8, 16, 32)),
+    st.one_of(st.just(0), st.integers(1, 120)),
 )  # fmt: skip
 
 
@@ -109,45 +114,47 @@ def test_blocks_that_a_tile_visits(g: Geometry, by_keys: bool) -> None:
 
 
 @triton.jit
-def probe_rows(found, q_seq, k_seq, masks, ROWS: tl.constexpr):
-    """(2, ROWS) first key that a row sees, and the one after its last."""
+def probe_rows(found, q_seq, k_seq, masks, ROWS: tl.constexpr, BY_KEYS: tl.constexpr):
+    """(2, ROWS) first key that a row sees, and the one after its last; or queries, of keys."""
     q, k = open_sequence(q_seq, 0), open_sequence(k_seq, 0)
     rows = tl.arange(0, ROWS)
-    r = key_range(masks, rows, rows, q, k)
+    r = query_range(masks, rows, rows, q, k) if BY_KEYS else key_range(masks, rows, rows, q, k)
     tl.store(found + rows, rows * 0 + r.lo)
     tl.store(found + ROWS + rows, r.hi)
 
 
 @settings(max_examples=60, deadline=None, derandomize=True, database=None)
-@given(g=GEOMETRIES)
-def test_keys_that_a_row_sees(g: Geometry) -> None:
-    """A row's own range is all that it sees, and rows past the end of the queries see nothing: what
-    the Hopper kernel masks blocks by."""
+@given(g=GEOMETRIES, by_keys=st.booleans())
+def test_what_a_row_sees(g: Geometry, by_keys: bool) -> None:
+    """A row's own range is all that it sees, and rows past the end see nothing: what the Hopper
+    kernels mask blocks by."""
     q, k = torch.randn(1, g.seqlen_q, 1, 8), torch.randn(1, g.seqlen_k, 1, 8)
-    call = normalise(q, k, k, window_size=(g.left, g.right))
+    call = normalise(q, k, k, window_size=(g.left, g.right), attention_chunk=g.chunk)
     found = torch.full((2, 128), -1, dtype=torch.int32)
     q_seq, k_seq = operands.query_sequences(call), operands.key_sequences(call)
-    probe_rows[(1,)](found, q_seq, k_seq, operands.band(call), 128)
-    keys = torch.arange(g.seqlen_k)
-    seen = (keys >= found[0, :, None]) & (keys < found[1, :, None])
-    assert torch.equal(seen[: g.seqlen_q], _visible(g))
-    assert not seen[g.seqlen_q :].any()
+    probe_rows[(1,)](found, q_seq, k_seq, operands.band(call), 128, by_keys)
+    wanted = _visible(g).T if by_keys else _visible(g)
+    columns = torch.arange(wanted.shape[1])
+    seen = (columns >= found[0, :, None]) & (columns < found[1, :, None])
+    assert torch.equal(seen[: len(wanted)], wanted)
+    assert not seen[len(wanted) :].any()
 
 
 BANDS = [
     ((None, 0), (40, 40)), ((None, 0), "packed"), ((5, 3), (20, 52)), ((5, 3), "packed"),
     ((0, 0), (52, 20)), ((0, 0), (20, 52)), ((17, None), (52, 20)), ((None, 20), (20, 52)),
-    ((40, 40), "packed"), ((3, 0), (40, 40)),
+    ((40, 40), "packed"), ((3, 0), (40, 40)), ((None, None, 16), (40, 40)),
+    ((None, 0, 13), "packed"), ((9, 3, 7), (52, 20)), ((None, 0, 24), (20, 52)),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("window", "shape"), BANDS, ids=str)
-def test_ranges_change_nothing(window: tuple[int | None, int | None], shape: Any) -> None:
+def test_ranges_change_nothing(window: tuple[Any, ...], shape: Any) -> None:
     """The same masks without ranges, every block visited and masked: the same results."""
     sizes = {"lengths": ((18, 30), (0, 4), (20, 3))} if shape == "packed" else {
         "seqlen_q": shape[0], "seqlen_k": shape[1]}  # fmt: skip
-    case = Case("band", heads=2, kv_heads=1, head_dim=8, batch=1,
-                features={"window_size": window}, **sizes)  # fmt: skip
+    features = {"window_size": window[:2], "attention_chunk": sum(window[2:])}
+    case = Case("band", heads=2, kv_heads=1, head_dim=8, batch=1, features=features, **sizes)
     problem = case.draw(1)
     results = run(problem)
     with_ranges = operands.band

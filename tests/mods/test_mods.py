@@ -48,14 +48,20 @@ def test_bias_gradient_sums_over_broadcast_dimensions(shape: tuple[int, ...]) ->
 @pytest.mark.parametrize("left", [-1, 0, 2, 9, 60])
 @pytest.mark.parametrize("right", [-1, 0, 3, 11, 60])
 @pytest.mark.parametrize(("seqlen_q", "seqlen_k"), [(20, 31), (31, 20), (24, 24)])
-def test_band_bounds_and_elements(left: int, right: int, seqlen_q: int, seqlen_k: int) -> None:
-    band = Band(left, right)
+@pytest.mark.parametrize("chunk", [0, 1, 8, 13, 60])
+def test_band_bounds_and_elements(
+    left: int, right: int, seqlen_q: int, seqlen_k: int, chunk: int
+) -> None:
+    band = Band(left, right, chunk)
     distance = torch.arange(seqlen_k) - (torch.arange(seqlen_q)[:, None] + seqlen_k - seqlen_q)
     seen = torch.ones_like(distance, dtype=torch.bool)
     if left >= 0:
         seen &= distance >= -left
     if right >= 0:
         seen &= distance <= right
+    if chunk > 0:
+        keys = torch.arange(seqlen_k)
+        seen &= keys // chunk == (keys - distance) // chunk
     whole = band.visible(Tile(0, 1, 0, seqlen_q, 0, seqlen_k, seqlen_q, seqlen_k), torch.empty(0))
     assert torch.equal(torch.ones_like(seen) if whole is None else whole, seen)
     for row in range(0, seqlen_q, 8):

@@ -50,6 +50,7 @@ def flash_attn_with_kvcache(
     tree_mask: Tensor | None = None,
     prefix: tuple[Tensor, Tensor] | None = None,
     learnable_sink: Tensor | None = None,
+    attention_chunk: int = 0,
     out: Tensor | None = None,
 ) -> Any:
     """Attention of q over a cache; new keys and values are appended to it in place first.
@@ -65,8 +66,8 @@ def flash_attn_with_kvcache(
             cu_seqlens_k_new (total_new, kv_heads, head_dim). q's dtype.
         v: as k, with head_dim_v. Given with k or not at all.
         rotary_cos, rotary_sin: (seqlen_ro, rotary_dim / 2) floating, given with k: rotary embedding
-            of k at positions cache_seqlens, cache_seqlens + 1, ..., and of q at the same if causal
-            or windowed, else of all q at cache_seqlens. seqlen_ro covers every position.
+            of k at positions cache_seqlens, cache_seqlens + 1, ..., and of q at the same if causal,
+            windowed or in chunks, else of all q at cache_seqlens. seqlen_ro covers every position.
         cache_seqlens: tokens in the cache before the append, an int or (batch,) int32. Default:
             the cache is full.
         cache_batch_idx: (batch,) int32 row of the cache of each batch row, default its own; rows
@@ -96,7 +97,7 @@ def flash_attn_with_kvcache(
             sees (speculative decoding); it sees those before them, and whatever lies beyond n.
         prefix: K (seqlen_prefix, kv_heads, head_dim) and V, of q's dtype, that come before the
             cache of every row and are attended to once for all of them. Positions do not count it.
-        learnable_sink: (heads,), as `flash_attn_func`.
+        learnable_sink, attention_chunk: as `flash_attn_func`.
         out: tensor to write the result into.
 
     Returns:
@@ -120,9 +121,9 @@ def flash_attn_with_kvcache(
                             *parts)  # fmt: skip
     if cache_seqlens is lengths and attn_mask is tree_mask is out is None:
         # Appending refuses gradients, where they are recorded.
-        given = ("cache", softmax_scale, causal, window_size, softcap, rotary_interleaved,
-                 num_splits, split_size, host_int(max_seqlen_q), torch.is_grad_enabled(),
-                 return_softmax_lse)  # fmt: skip
+        given = ("cache", softmax_scale, causal, window_size, attention_chunk, softcap,
+                 rotary_interleaved, num_splits, split_size, host_int(max_seqlen_q),
+                 torch.is_grad_enabled(), return_softmax_lse)  # fmt: skip
         if (found := warm.again(given, tensors)) is not None:
             if k is not None:
                 _count_change(k_cache, v_cache, k_descale, v_descale)
@@ -139,8 +140,9 @@ def flash_attn_with_kvcache(
         check_appendable(k_cache, v_cache, k_descale, v_descale)
     call = normalise(
         q, k_cache, v_cache, softmax_scale=softmax_scale, causal=causal, window_size=window_size,
-        softcap=softcap, alibi_slopes=alibi_slopes, attn_mask=attn_mask, tree_mask=tree_mask,
-        k_descale=k_descale, v_descale=v_descale, learnable_sink=learnable_sink,
+        attention_chunk=attention_chunk, softcap=softcap, alibi_slopes=alibi_slopes,
+        attn_mask=attn_mask, tree_mask=tree_mask, k_descale=k_descale, v_descale=v_descale,
+        learnable_sink=learnable_sink,
         seqused_k=_lengths(cache_seqlens, (q, k_cache, cu_seqlens_q, block_table)),
         cu_seqlens_q=cu_seqlens_q, max_seqlen_q=max_seqlen_q,
         block_table=block_table, cache_batch_idx=cache_batch_idx, cache_leftpad=cache_leftpad,

@@ -38,6 +38,7 @@ def normalise(
     softmax_scale: float | None = None,
     causal: bool = False,
     window_size: Window = (UNBOUNDED, UNBOUNDED),
+    attention_chunk: int = 0,
     softcap: float = 0.0,
     alibi_slopes: Tensor | None = None,
     deterministic: bool = False,
@@ -76,8 +77,8 @@ def normalise(
         operands,
         Sequences(max_seqlen_q=longest[0], max_seqlen_k=longest[1], **where),
         Variant(
-            scale_or_default(softmax_scale, q), left, right, as_float("softcap", softcap),
-            as_float("dropout_p", dropout_p),
+            scale_or_default(softmax_scale, q), left, right, attention_chunk,
+            as_float("softcap", softcap), as_float("dropout_p", dropout_p),
             bool(deterministic) or torch.are_deterministic_algorithms_enabled(),
             0 if score_mod is None else score_mod.handle,
             0 if mask_mod is None else mask_mod.handle,

@@ -33,6 +33,7 @@ def flash_attn_func(
     document_ids: Documents | None = None,
     score_mod: ScoreFunction | None = None,
     mask_mod: MaskFunction | None = None,
+    attention_chunk: int = 0,
     out: Tensor | None = None,
     dropout_generator: torch.Generator | None = None,
 ) -> Any:
@@ -72,6 +73,9 @@ def flash_attn_func(
         score_mod: a `flashtile.ScoreFunction` of the user's own, applied after the other changes to
             scores: elementwise, in Triton, with its derivative.
         mask_mod: a `flashtile.MaskFunction`: keys are seen where it, too, is true.
+        attention_chunk: query i sees, of the keys that other masks leave, those of its own chunk:
+            j // attention_chunk == (i + seqlen_k - seqlen_q) // attention_chunk, the latter rounded
+            down (Llama 4; FlashAttention-3). 0 is off.
         out: tensor of the result's shape, dtype and device to write into; no autograd.
         dropout_generator: generator of the dropout state, default torch's.
 
@@ -91,7 +95,8 @@ def flash_attn_func(
     given, tensors = None, (q, k, v, bias, alibi_slopes, learnable_sink)
     plain = attn_mask is document_ids is score_mod is mask_mod is out is None
     if plain and dropout_p == 0.0 and not return_attn_probs:
-        given = ("dense", softmax_scale, causal, window_size, softcap, deterministic, return_lse)
+        given = ("dense", softmax_scale, causal, window_size, attention_chunk, softcap,
+                 deterministic, return_lse)  # fmt: skip
         if (found := warm.again(given, tensors)) is not None:
             return found
     call = normalise(
@@ -99,7 +104,7 @@ def flash_attn_func(
         window_size=window_size, softcap=softcap, alibi_slopes=alibi_slopes,
         deterministic=deterministic, bias=bias, attn_mask=attn_mask,
         learnable_sink=learnable_sink, document_ids=document_ids, score_mod=score_mod,
-        mask_mod=mask_mod, dropout_generator=dropout_generator,
+        mask_mod=mask_mod, attention_chunk=attention_chunk, dropout_generator=dropout_generator,
     )  # fmt: skip
     found = attend(call, out=out, return_lse=return_lse, return_attn_probs=return_attn_probs)
     if given is not None:
@@ -125,6 +130,7 @@ def flash_attn_qkvpacked_func(
     document_ids: Documents | None = None,
     score_mod: ScoreFunction | None = None,
     mask_mod: MaskFunction | None = None,
+    attention_chunk: int = 0,
     out: Tensor | None = None,
     dropout_generator: torch.Generator | None = None,
 ) -> Any:
@@ -145,7 +151,8 @@ def flash_attn_qkvpacked_func(
         q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes,
         deterministic, return_attn_probs, return_lse=return_lse, bias=bias, attn_mask=attn_mask,
         learnable_sink=learnable_sink, document_ids=document_ids, score_mod=score_mod,
-        mask_mod=mask_mod, out=out, dropout_generator=dropout_generator,
+        mask_mod=mask_mod, attention_chunk=attention_chunk, out=out,
+        dropout_generator=dropout_generator,
     )  # fmt: skip
 
 
@@ -168,6 +175,7 @@ def flash_attn_kvpacked_func(
     document_ids: Documents | None = None,
     score_mod: ScoreFunction | None = None,
     mask_mod: MaskFunction | None = None,
+    attention_chunk: int = 0,
     out: Tensor | None = None,
     dropout_generator: torch.Generator | None = None,
 ) -> Any:
@@ -189,5 +197,6 @@ def flash_attn_kvpacked_func(
         q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes,
         deterministic, return_attn_probs, return_lse=return_lse, bias=bias, attn_mask=attn_mask,
         learnable_sink=learnable_sink, document_ids=document_ids, score_mod=score_mod,
-        mask_mod=mask_mod, out=out, dropout_generator=dropout_generator,
+        mask_mod=mask_mod, attention_chunk=attention_chunk, out=out,
+        dropout_generator=dropout_generator,
     )  # fmt: skip

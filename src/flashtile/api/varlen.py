@@ -38,6 +38,7 @@ def flash_attn_varlen_func(
     document_ids: Documents | None = None,
     score_mod: ScoreFunction | None = None,
     mask_mod: MaskFunction | None = None,
+    attention_chunk: int = 0,
     seqused_q: Tensor | None = None,
     seqused_k: Tensor | None = None,
     num_splits: int = 0,
@@ -95,8 +96,8 @@ def flash_attn_varlen_func(
     plain = plain and k_descale is v_descale is None
     if plain and dropout_p == 0.0 and not return_attn_probs:
         longest = host_int(max_seqlen_q), host_int(max_seqlen_k)
-        given = ("varlen", softmax_scale, causal, window_size, softcap, deterministic, num_splits,
-                 split_size, *longest, return_lse)  # fmt: skip
+        given = ("varlen", softmax_scale, causal, window_size, attention_chunk, softcap,
+                 deterministic, num_splits, split_size, *longest, return_lse)  # fmt: skip
         if (found := warm.again(given, tensors)) is not None:
             return found
     checks.is_tensor("cu_seqlens_q", cu_seqlens_q, 1)
@@ -105,8 +106,8 @@ def flash_attn_varlen_func(
         window_size=window_size, softcap=softcap, alibi_slopes=alibi_slopes,
         deterministic=deterministic, bias=bias, attn_mask=attn_mask,
         learnable_sink=learnable_sink, document_ids=document_ids, score_mod=score_mod,
-        mask_mod=mask_mod, k_descale=k_descale, v_descale=v_descale,
-        dropout_generator=dropout_generator, cu_seqlens_q=cu_seqlens_q,
+        mask_mod=mask_mod, attention_chunk=attention_chunk, k_descale=k_descale,
+        v_descale=v_descale, dropout_generator=dropout_generator, cu_seqlens_q=cu_seqlens_q,
         cu_seqlens_k=cu_seqlens_k, seqused_q=seqused_q, seqused_k=seqused_k,
         block_table=block_table, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k,
         num_splits=num_splits, split_size=split_size,
@@ -137,6 +138,7 @@ def flash_attn_varlen_qkvpacked_func(
     document_ids: Documents | None = None,
     score_mod: ScoreFunction | None = None,
     mask_mod: MaskFunction | None = None,
+    attention_chunk: int = 0,
     seqused_q: Tensor | None = None,
     seqused_k: Tensor | None = None,
     out: Tensor | None = None,
@@ -161,8 +163,9 @@ def flash_attn_varlen_qkvpacked_func(
         q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, dropout_p, softmax_scale, causal,
         window_size, softcap, alibi_slopes, deterministic, return_attn_probs,
         return_lse=return_lse, bias=bias, attn_mask=attn_mask, learnable_sink=learnable_sink,
-        document_ids=document_ids, score_mod=score_mod, mask_mod=mask_mod, seqused_q=seqused_q,
-        seqused_k=seqused_k, out=out, dropout_generator=dropout_generator,
+        document_ids=document_ids, score_mod=score_mod, mask_mod=mask_mod,
+        attention_chunk=attention_chunk, seqused_q=seqused_q, seqused_k=seqused_k, out=out,
+        dropout_generator=dropout_generator,
     )  # fmt: skip
 
 
@@ -189,6 +192,7 @@ def flash_attn_varlen_kvpacked_func(
     document_ids: Documents | None = None,
     score_mod: ScoreFunction | None = None,
     mask_mod: MaskFunction | None = None,
+    attention_chunk: int = 0,
     seqused_q: Tensor | None = None,
     seqused_k: Tensor | None = None,
     out: Tensor | None = None,
@@ -213,6 +217,7 @@ def flash_attn_varlen_kvpacked_func(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale,
         causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs,
         return_lse=return_lse, bias=bias, attn_mask=attn_mask, learnable_sink=learnable_sink,
-        document_ids=document_ids, score_mod=score_mod, mask_mod=mask_mod, seqused_q=seqused_q,
-        seqused_k=seqused_k, out=out, dropout_generator=dropout_generator,
+        document_ids=document_ids, score_mod=score_mod, mask_mod=mask_mod,
+        attention_chunk=attention_chunk, seqused_q=seqused_q, seqused_k=seqused_k, out=out,
+        dropout_generator=dropout_generator,
     )  # fmt: skip

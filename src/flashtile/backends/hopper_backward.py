@@ -23,7 +23,7 @@ from flashtile.kernels.hopper.key_tiles import KeyWork
 from flashtile.kernels.numbers import opaque
 from flashtile.kernels.schedule import BlockList
 from flashtile.plan import Plan
-from flashtile.problem import UNBOUNDED, Call, describe
+from flashtile.problem import Call, describe
 from flashtile.tiles import power_of_two
 
 TILES_TOGETHER = 256
@@ -264,5 +264,5 @@ def chunk_in_order(call: Call, tile: HopperBackwardTile, tiles: int) -> int:
     all: several where so many follow that the longest, which begin late, are not the last to end
     (head dim 64, 1k, simulated, without and with: 128 tiles 1.14 and 1.34 of the time in any order,
     512 1.53 and 1.31)."""
-    causal = call.banded and call.variant.window_left == UNBOUNDED
+    causal = call.banded and not call.windowed
     return CHUNK_IN_ORDER if causal and not tile.wide and tiles >= 2 * TILES_TOGETHER else 1

@@ -177,7 +177,7 @@ def scale_view(scale: Tensor | None, x: Tensor, batch: int) -> views.ScaleView |
 
 
 def band(call: Call) -> tuple[masks.Mask, ...]:
-    """Causality, the window and the tree: masks that carry ranges."""
+    """Causality, the window, chunks and the tree: masks that carry ranges."""
     left, right = call.variant.window_left, call.variant.window_right
     far = call.seqlen_q + call.seqlen_k  # no two tokens are further apart
     found = []
@@ -187,6 +187,10 @@ def band(call: Call) -> tuple[masks.Mask, ...]:
     if right != UNBOUNDED:
         found.append(masks.Mask(masks.not_later, (opaque(min(right, far)),),
                                 masks.not_later_keys, masks.not_later_queries))  # fmt: skip
+    if call.variant.attention_chunk > 0:
+        chunk = opaque(min(call.variant.attention_chunk, far))
+        found.append(masks.Mask(masks.same_chunk, (chunk,), masks.same_chunk_keys,
+                                masks.same_chunk_queries))  # fmt: skip
     tree = call.operands.tree_mask
     if tree is not None:
         strides = 0 if tree.shape[0] == 1 else tree.stride(0), *tree.stride()[1:]

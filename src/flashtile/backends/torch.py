@@ -234,7 +234,7 @@ def _compose(call: Call, dtype: torch.dtype, bias_grad: Tensor | None = None) ->
     dropout = None
     if variant.dropout_p > 0.0 and operands.rng_state is not None:
         dropout = Dropout(variant.dropout_p, operands.rng_state)
-    band = Band(variant.window_left, variant.window_right)
+    band = Band(variant.window_left, variant.window_right, variant.attention_chunk)
     return _Pieces(band, tuple(masks), tuple(scores), dropout)
 
 

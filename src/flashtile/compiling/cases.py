@@ -121,6 +121,7 @@ VARIANTS: dict[str, Callable[[], dict[str, Any]]] = {
     "causal": lambda: {"causal": True},
     "in order": lambda: {"causal": True, "deterministic": True},
     "scores": _scores,
+    "chunks": lambda: {"causal": True, "attention_chunk": 256},
     "dropout": lambda: {"causal": True, "dropout_p": 0.1},
     "masked dropout": _masked_dropout,
     "documents": _documents,
@@ -177,6 +178,8 @@ def every_case() -> list[Case]:
     # Backward gathers pages first; without masks the mainloops are those of causal calls.
     cases.append(Case("paged", "float16", 128, 128, ("attention_forward",)))
     cases.append(Case("full", "float16", 128, 128, only=HOPPER))
+    chunked = ("attention_forward", DKDV, "attention_backward")  # both ways round
+    cases.append(Case("chunks", "bfloat16", 64, 64, chunked))
     cases += [Case("packed", "bfloat16", 128, 128, HOPPER_BACKWARD, kv_heads=kv_heads, only=HOPPER)
               for kv_heads in (KV_HEADS, HEADS)]  # fmt: skip
     cases.append(Case("decode-pages", "bfloat16", 128, 128))

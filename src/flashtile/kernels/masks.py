@@ -108,6 +108,38 @@ def not_earlier_queries(first, last, q, k, args):
     return Range(0, 0, first - left + 1, last - left + 1)
 
 
+@triton.jit
+def chunk_start(position, chunk):
+    """Where the chunk of a position begins; those before the first key are of one without keys."""
+    return (tl.maximum(position, -chunk) + chunk) // chunk * chunk - chunk
+
+
+@triton.jit
+def same_chunk(at, args):
+    """Keys of the chunk that the bottom-right diagonal is in. Divided are the rows of the tile, of
+    which a thread has fewer than columns."""
+    chunk = number(args[0])
+    rows, columns = at.q_idx + (at.k.length - at.q.length), at.k_idx
+    if at.q_idx.shape[0] == 1:
+        rows, columns = columns, rows
+    start = chunk_start(rows, chunk)
+    return (columns >= start) & (columns < start + chunk)
+
+
+@triton.jit
+def same_chunk_keys(first, last, q, k, args):
+    chunk, diagonal = number(args[0]), k.length - q.length
+    of_first, of_last = chunk_start(first + diagonal, chunk), chunk_start(last + diagonal, chunk)
+    return Range(of_first, of_last, of_first + chunk, of_last + chunk)
+
+
+@triton.jit
+def same_chunk_queries(first, last, q, k, args):
+    chunk, diagonal = number(args[0]), k.length - q.length
+    of_first, of_last = chunk_start(first, chunk) - diagonal, chunk_start(last, chunk) - diagonal
+    return Range(of_first, of_last, of_first + chunk, of_last + chunk)
+
+
 class TreeView(NamedTuple):
     """A (1 | batch, n, n) bool operand as uint8; stride_batch is 0 where it is shared."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import reduce
 from typing import NamedTuple, Protocol
 
 from torch import Tensor
@@ -20,16 +21,20 @@ class Mask(Protocol):
 
 
 class Band(NamedTuple):
-    """Keys from `left` before to `right` after the bottom-right diagonal; causal is right == 0."""
+    """Keys from `left` before to `right` after the bottom-right diagonal; causal is right == 0.
+    Of those, with chunks, the ones of the diagonal's own."""
 
     left: int
     right: int
+    chunk: int = 0
 
     def key_range(self, tile: Tile) -> tuple[int, int]:
         """Keys [lo, hi) that some query of the tile's rows sees."""
         first, last = tile.row + tile.offset, tile.row + tile.rows - 1 + tile.offset
         lo = 0 if self.left == UNBOUNDED else max(0, first - self.left)
         hi = tile.seqlen_k if self.right == UNBOUNDED else last + self.right + 1
+        if self.chunk:
+            lo, hi = max(lo, first - first % self.chunk), min(hi, self._end(last))
         return min(lo, tile.seqlen_k), max(0, min(hi, tile.seqlen_k))
 
     def query_range(self, tile: Tile) -> tuple[int, int]:
@@ -37,12 +42,22 @@ class Band(NamedTuple):
         first, last = tile.col - tile.offset, tile.col + tile.cols - 1 - tile.offset
         lo = 0 if self.right == UNBOUNDED else max(0, first - self.right)
         hi = tile.seqlen_q if self.left == UNBOUNDED else last + self.left + 1
+        if self.chunk:
+            lo = max(lo, tile.col - tile.col % self.chunk - tile.offset)
+            hi = min(hi, self._end(tile.col + tile.cols - 1) - tile.offset)
         return min(lo, tile.seqlen_q), max(0, min(hi, tile.seqlen_q))
+
+    def _end(self, position: int) -> int:
+        """Where the chunk of a position ends."""
+        return position - position % self.chunk + self.chunk
 
     def _full(self, tile: Tile) -> bool:
         first, last = tile.row + tile.offset, tile.row + tile.rows - 1 + tile.offset
         left_ok = self.left == UNBOUNDED or tile.col >= last - self.left
         right_ok = self.right == UNBOUNDED or tile.col + tile.cols - 1 <= first + self.right
+        if self.chunk:
+            left_ok = left_ok and tile.col >= self._end(last) - self.chunk
+            right_ok = right_ok and tile.col + tile.cols <= self._end(first)
         return left_ok and right_ok
 
     def visible(self, tile: Tile, like: Tensor) -> Tensor | None:
@@ -51,11 +66,15 @@ class Band(NamedTuple):
         q, k = tile.q_idx(like.device)[:, None] + tile.offset, tile.k_idx(like.device)
         # No two tokens are further apart, so that a side of 2**63 - 1 cannot overflow.
         far = tile.seqlen_q + tile.seqlen_k
-        after = None if self.right == UNBOUNDED else k <= q + min(self.right, far)
-        if self.left == UNBOUNDED:
-            return after
-        before = k >= q - min(self.left, far)
-        return before if after is None else before.logical_and_(after)
+        seen = []
+        if self.right != UNBOUNDED:
+            seen.append(k <= q + min(self.right, far))
+        if self.left != UNBOUNDED:
+            seen.append(k >= q - min(self.left, far))
+        if self.chunk:
+            chunk = min(self.chunk, far)
+            seen.append(k // chunk == q // chunk)
+        return reduce(Tensor.logical_and_, seen)
 
 
 class Documents(NamedTuple):

@@ -22,6 +22,7 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 GARBAGE = (2**30, -1, -(2**31))
 """Page numbers of table entries that no sequence uses."""
 SIDES = (-1, None, 0, 1, 5, 16, 33, 10**6, sys.maxsize)
+CHUNKS = (0, 0, 0, 1, 5, 16, 33, 10**6, sys.maxsize)
 LENGTHS = st.one_of(st.integers(0, 40), st.sampled_from((0, 1, 15, 16, 17, 32, 33)))
 
 
@@ -161,6 +162,7 @@ class _Maker:
         self.keywords |= {
             "causal": self.draw(st.booleans()),
             "window_size": (self.pick(*SIDES), self.pick(*SIDES)),
+            "attention_chunk": self.pick(*CHUNKS),
             "softcap": self.pick(0.0, 0.0, 0.7, 20.0),
             "softmax_scale": self.pick(None, None, 0.3, 0.0, -0.2),
             "dropout_p": self.pick(0.0, 0.0, 0.2, 0.9),
@@ -274,6 +276,7 @@ class _CacheMaker(_Maker):
         keywords: dict[str, Any] = {
             "causal": self.draw(st.booleans()),
             "window_size": (self.pick(*SIDES), self.pick(*SIDES)),
+            "attention_chunk": self.pick(*CHUNKS),
             "softcap": self.pick(0.0, 0.0, 2.0),
         }
         if self.pick(False, False, True):

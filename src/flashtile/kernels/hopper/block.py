@@ -22,6 +22,8 @@ from flashtile.kernels.masks import (
     not_earlier_keys,
     not_later,
     not_later_keys,
+    same_chunk,
+    same_chunk_keys,
     same_document,
 )
 from flashtile.kernels.scores import (
@@ -48,7 +50,9 @@ class Rows(NamedTuple):
 @gluon.constexpr_function
 def compares_positions(masks):
     """Whether all masks only compare where queries and keys stand, and have the ranges for it."""
-    keys = {not_later: not_later_keys, not_earlier: not_earlier_keys}
+    keys = {
+        not_later: not_later_keys, not_earlier: not_earlier_keys, same_chunk: same_chunk_keys,
+    }  # fmt: skip
     return all(mask[0] in keys and mask[2] is keys[mask[0]] for mask in masks)
 
 
@@ -60,7 +64,7 @@ def narrow(bound):
 
 @gluon.constexpr_function
 def _bounds_below(masks):
-    return any(mask[0] is not_earlier for mask in masks)
+    return any(mask[0] is not_earlier or mask[0] is same_chunk for mask in masks)
 
 
 @gluon.constexpr_function
