@@ -56,6 +56,12 @@ def compares_positions(masks):
     return all(mask[0] in keys and mask[2] is keys[mask[0]] for mask in masks)
 
 
+@gluon.constexpr_function
+def in_chunks(masks):
+    """Whether positions are compared with the bounds of a chunk."""
+    return compares_positions(masks) and any(mask[0] is same_chunk for mask in masks)
+
+
 @gluon.jit
 def narrow(bound):
     """A bound, that may be of 64 bits, as a tile's numbers are."""

@@ -18,12 +18,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from flashtile.kernels.hopper import barriers, layouts
-from flashtile.kernels.hopper.block import compares_positions
+from flashtile.kernels.hopper.block import compares_positions, in_chunks
 from flashtile.kernels.hopper.query_gradients import hand_over
 from flashtile.kernels.hopper.stages import CONSUMERS, DS_GIVEN, DS_WRITTEN
 from flashtile.kernels.hopper.walk import first_of, needs_masks
 from flashtile.kernels.hopper.words import dropped_queries
-from flashtile.kernels.masks import At, visible
+from flashtile.kernels.masks import At, query_range, visible
 from flashtile.kernels.scores import apply_with_slope
 from flashtile.kernels.views import Span
 
@@ -71,7 +71,10 @@ def probabilities(s, lse2, keys, head, place, variant, unit):
 def _see(masks, at, head, first_q, own, constants):
     """Which queries see which keys. Masks that only compare positions compare a key with a
     constant."""
-    if compares_positions(masks):
+    if in_chunks(masks):
+        seen = query_range(masks, at.k_idx, at.k_idx, at.q, at.k)
+        return (constants >= seen.lo - own) & (constants < seen.hi - own)
+    elif compares_positions(masks):
         q = Span(at.q.batch, at.q.row, at.q.start, at.q.length - own, at.q.room, at.q.leftpad)
         relative = At(at.batch, head, 0, at.first_k, constants, at.k_idx, q, at.k)
         return visible(masks, relative)
