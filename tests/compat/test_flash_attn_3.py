@@ -4,6 +4,7 @@ import importlib
 import inspect
 from collections.abc import Iterator
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -135,6 +136,29 @@ def test_packed_sequences(fa3: ModuleType) -> None:
     )
     torch.testing.assert_close(out, exact)
     torch.testing.assert_close(lse, exact_lse)
+
+
+def test_chunks(fa3: ModuleType) -> None:
+    """`attention_chunk`, wherever FlashAttention-3 has it."""
+    q, k, v = draw(2, 9, 4, 16), draw(2, 13, 2, 16), draw(2, 13, 2, 16)
+    key, query = torch.arange(13), torch.arange(9)[:, None] + 4
+    seen = (key // 5 == query // 5) & (key <= query)
+    wanted = flashtile.flash_attn_func(q, k, v, attn_mask=seen)
+    chunk: dict[str, Any] = {"causal": True, "attention_chunk": 5}
+    found = [fa3.flash_attn_func(q, k, v, **chunk), fa3._flash_attn_forward(q, k, v, **chunk)[0]]
+    cu_q, cu_k = ints(0, 9, 18), ints(0, 13, 26)
+    flat = [x.flatten(0, 1) for x in (q, k, v)]
+    found.append(fa3.flash_attn_varlen_func(*flat, cu_q, cu_k, 9, 13, **chunk).view_as(q))
+    lengths = ints(13, 13)
+    found.append(fa3.flash_attn_with_kvcache(q, k, v, cache_seqlens=lengths, **chunk))
+    caches = k.clone(), v.clone()  # of which the call writes the last 9 again
+    new, before = (k[:, 4:], v[:, 4:]), ints(4, 4)
+    found.append(fa3._flash_attn_forward(q, *caches, *new, seqused_k=before, **chunk)[0])
+    for x in found:
+        torch.testing.assert_close(x, wanted)
+    qkv = torch.stack((q, q, q), 2)
+    packed = fa3.flash_attn_qkvpacked_func(qkv, **chunk)
+    torch.testing.assert_close(packed, flashtile.flash_attn_func(q, q, q, **chunk))
 
 
 def test_cache(fa3: ModuleType) -> None:
@@ -292,8 +316,6 @@ def test_combine(fa3: ModuleType) -> None:
 
 def test_what_is_not_computed_is_refused(fa3: ModuleType) -> None:
     q = draw(1, 4, 2, 16)
-    with pytest.raises(ValueError, match=r"attention_chunk is 2; it must be 0"):
-        fa3.flash_attn_func(q, q, q, attention_chunk=2)
     with pytest.raises(ValueError, match="qv is given; it must be None"):
         fa3.flash_attn_func(q, q, q, qv=q)
     with pytest.raises(ValueError, match="k_descale is given; it must be None"):

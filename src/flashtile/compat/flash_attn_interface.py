@@ -2,8 +2,8 @@
 
 Arguments that only say how its kernels share the work (`pack_gqa`, `sm_margin`, metadata of its
 scheduler, splits without a cache) change nothing here, nor do scales of tensors that are not of 8
-bits. What flashtile does not compute is refused: a second query for values (`qv`),
-`attention_chunk`, queries of 8 bits.
+bits. What flashtile does not compute is refused: a second query for values (`qv`), queries of 8
+bits.
 """
 
 from __future__ import annotations
@@ -96,10 +96,11 @@ def flash_attn_func(
     softmax_lse (batch, heads, seqlen_q) is -inf where a row sees no key.
     """
     k_descale, v_descale = _scales(k, k_descale, v_descale)
-    _refuse(attention_chunk, qv=qv, k_descale=k_descale, v_descale=v_descale)
+    _refuse(qv=qv, k_descale=k_descale, v_descale=v_descale)
     return flashtile.flash_attn_func(
         q, k, v, softmax_scale=softmax_scale, causal=causal, window_size=window(*window_size),
         softcap=softcap, deterministic=deterministic, return_lse=return_attn_probs,
+        attention_chunk=attention_chunk,
     )  # fmt: skip
 
 
@@ -130,12 +131,13 @@ def flash_attn_varlen_func(
 ) -> Any:
     """`flashtile.flash_attn_varlen_func`, returning as `flash_attn_func` here does; softmax_lse is
     (heads, total_q)."""
-    _refuse(attention_chunk, qv=qv)
+    _refuse(qv=qv)
     k_descale, v_descale = _scales(k, k_descale, v_descale)
     return flashtile.flash_attn_varlen_func(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
         softmax_scale=softmax_scale, causal=causal, window_size=window(*window_size),
         softcap=softcap, deterministic=deterministic, return_lse=return_attn_probs,
+        attention_chunk=attention_chunk,
         seqused_q=seqused_q, seqused_k=seqused_k, k_descale=k_descale, v_descale=v_descale,
     )  # fmt: skip
 
@@ -187,7 +189,7 @@ def flash_attn_with_kvcache(
     Returns out, or with return_softmax_lse (out, softmax_lse, and two empty tensors where
     FlashAttention-3 has the states of its splits).
     """
-    _refuse(attention_chunk, qv=qv)
+    _refuse(qv=qv)
     page_table, cache_batch_idx = _rows_of_pages(page_table, cache_batch_idx)
     k_descale, v_descale = _scales(k_cache, k_descale, v_descale)
     with torch.no_grad():
@@ -198,7 +200,7 @@ def flash_attn_with_kvcache(
             cu_seqlens_q=cu_seqlens_q, max_seqlen_q=max_seqlen_q,
             cu_seqlens_k_new=None if k is None else cu_seqlens_k_new,
             rotary_seqlens=None if rotary_cos is None else rotary_seqlens,
-            k_descale=k_descale, v_descale=v_descale,
+            k_descale=k_descale, v_descale=v_descale, attention_chunk=attention_chunk,
         )  # fmt: skip
     return (out, lse, lse.new_empty(0), lse.new_empty(0)) if return_softmax_lse else out
 
@@ -269,19 +271,20 @@ def _flash_attn_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What all of the above are, in one function: (out, softmax_lse, and two empty tensors)."""
     # flashtile counts the queries in use of packed sequences alone.
-    _refuse(attention_chunk, qv=qv, seqused_q=seqused_q if cu_seqlens_q is None else None)
+    _refuse(qv=qv, seqused_q=seqused_q if cu_seqlens_q is None else None)
     if k_new is not None:
         return flash_attn_with_kvcache(
             q, k, v, k_new, v_new, None, rotary_cos, rotary_sin, seqused_k, kv_batch_idx, leftpad_k,
             page_table, cu_seqlens_q, cu_seqlens_k_new, max_seqlen_q, seqlens_rotary, None,
-            k_descale, v_descale, softmax_scale, causal, (window_size_left, window_size_right), 0,
-            softcap, rotary_interleaved, None, num_splits, return_softmax_lse=True,
+            k_descale, v_descale, softmax_scale, causal, (window_size_left, window_size_right),
+            attention_chunk, softcap, rotary_interleaved, None, num_splits, return_softmax_lse=True,
         )  # fmt: skip
     page_table, kv_batch_idx = _rows_of_pages(page_table, kv_batch_idx)
     k_descale, v_descale = _scales(k, k_descale, v_descale)
     call = normalise(
         q, k, v, softmax_scale=softmax_scale, causal=causal,
-        window_size=window(window_size_left, window_size_right), softcap=softcap,
+        window_size=window(window_size_left, window_size_right),
+        attention_chunk=attention_chunk, softcap=softcap,
         k_descale=k_descale, v_descale=v_descale, max_seqlen_q=max_seqlen_q,
         max_seqlen_k=max_seqlen_k, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
         seqused_q=seqused_q, seqused_k=seqused_k, block_table=page_table,
@@ -319,7 +322,7 @@ def _flash_attn_backward(
 
     softmax_lse and out may be those of a longer sequence that k and v are a part of.
     """
-    _refuse(0, sequed_q=sequed_q if cu_seqlens_q is None else None)
+    _refuse(sequed_q=sequed_q if cu_seqlens_q is None else None)
     call = normalise(
         q, k, v, softmax_scale=softmax_scale, causal=is_causal,
         window_size=window(window_size_left, window_size_right), softcap=softcap,
@@ -330,9 +333,7 @@ def _flash_attn_backward(
     return gradients(call, dout, out, softmax_lse, (dq, dk, dv)).softmax_d
 
 
-def _refuse(attention_chunk: int, **tensors: Tensor | None) -> None:
-    if attention_chunk != 0:
-        raise ValueError(f"attention_chunk is {attention_chunk}; it must be 0 (off)")
+def _refuse(**tensors: Tensor | None) -> None:
     for name, x in tensors.items():
         if x is not None:
             raise ValueError(f"{name} is given; it must be None in this function of flashtile")
