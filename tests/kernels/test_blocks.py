@@ -101,6 +101,16 @@ def test_codes_of_packed_sequences() -> None:
         assert codes[b, :, :, k_tiles:].eq(0).all()
 
 
+def _left(seen: Tensor, window: tuple[int | None, int | None]) -> tuple[Tensor, Tensor]:
+    """Whether mask and window leave some, and all, of each tile."""
+    seqlen_q, seqlen_k = seen.shape[-2:]
+    distance = torch.arange(seqlen_k) - torch.arange(seqlen_q)[:, None] - (seqlen_k - seqlen_q)
+    left, right = (1000 if side is None else side for side in window)
+    codes, in_band = _tiles(seen), _tiles((distance >= -left) & (distance <= right))
+    some = codes.any((-1, -2)) & in_band.any((-1, -2))
+    return some, codes.all((-1, -2)) & in_band.all((-1, -2))
+
+
 WINDOWS = [(None, None), (None, 0), (40, 10), (0, 0)]
 
 
@@ -115,12 +125,7 @@ def test_lists(window: tuple[int | None, int | None], transposed: bool) -> None:
     call = ops.with_mask_blocks(_call(seqlen_q, seqlen_k, attn_mask=seen, window_size=window))
     lists = blocklists.by_keys(call) if transposed else blocklists.by_queries(call)
     assert lists is not None
-    distance = torch.arange(seqlen_k) - torch.arange(seqlen_q)[:, None] - (seqlen_k - seqlen_q)
-    left, right = (1000 if side is None else side for side in window)
-    band = (distance >= -left) & (distance <= right)
-    codes, in_band = _tiles(seen), _tiles(band)
-    some = codes.any((-1, -2)) & in_band.any((-1, -2))
-    every = codes.all((-1, -2)) & in_band.all((-1, -2))
+    some, every = _left(seen, window)
     if transposed:
         some, every = some.transpose(-1, -2), every.transpose(-1, -2)
     for entries, counts, wanted, full in zip(
@@ -131,6 +136,29 @@ def test_lists(window: tuple[int | None, int | None], transposed: bool) -> None:
         found = entries[len(entries) - scattered :].tolist() + list(range(first, first + run))
         assert sorted(found) == full.nonzero()[:, 0].tolist()
         assert scattered == 0 or (run == 0 and max(found) - min(found) >= scattered)
+
+
+@pytest.mark.parametrize("window", WINDOWS, ids=str)
+def test_lists_in_order(
+    window: tuple[int | None, int | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks ascending with whether they need masks, and how many tiles before have each of them in
+    their lists: several at a time, of more than those."""
+    monkeypatch.setattr(blocklists, "TILES", 4)
+    monkeypatch.setattr(blocklists, "BLOCKS", 2)
+    heads = 1 + WINDOWS.index(window) % 2
+    seen = _patchwork(2, heads, 96, 330)
+    call = ops.with_mask_blocks(_call(96, 330, attn_mask=seen, window_size=window))
+    lists = blocklists.by_keys(call, in_order=True)
+    assert lists is not None
+    some, every = (x.transpose(-1, -2) for x in _left(seen, window))
+    assert torch.equal(lists.before, (some.cumsum(-2) - some.int()).int())
+    for entries, counts, wanted, full in zip(
+        *(x.flatten(0, 2) for x in (lists.entries, lists.counts, some, every)), strict=True
+    ):
+        blocks = wanted.nonzero()[:, 0]
+        assert counts[:3].tolist() == [len(blocks), 0, 0]
+        assert entries[: len(blocks)].tolist() == (2 * blocks + ~full[blocks]).tolist()
 
 
 def _long(**features: Any) -> Problem:

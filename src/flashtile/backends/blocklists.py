@@ -17,6 +17,9 @@ from flashtile.problem import Call, mask_grid
 
 CHUNK_CODES = 256
 
+TILES, BLOCKS = 128, 32
+"""Of lists, that are counted together."""
+
 
 class _Shape(NamedTuple):
     batches: int
@@ -43,16 +46,17 @@ def by_queries(call: Call) -> BlockList | None:
     return _lists(call, transposed=False)
 
 
-def by_keys(call: Call) -> BlockList | None:
-    """For each tile of keys the blocks of queries that see it."""
-    return _lists(call, transposed=True)
+def by_keys(call: Call, in_order: bool = False) -> BlockList | None:
+    """For each tile of keys the blocks of queries that see it; in_order: with how many tiles before
+    it each of them sees."""
+    return _lists(call, transposed=True, in_order=in_order)
 
 
 def _grid(codes: Tensor) -> kernels.CodeGrid:
     return kernels.CodeGrid(codes, *(opaque(n) for n in codes.shape))
 
 
-def _lists(call: Call, transposed: bool) -> BlockList | None:
+def _lists(call: Call, transposed: bool, in_order: bool = False) -> BlockList | None:
     codes = call.operands.mask_blocks
     if codes is None:
         return None
@@ -62,15 +66,22 @@ def _lists(call: Call, transposed: bool) -> BlockList | None:
         own, other = other, own
     entries = empty((shape.batches, shape.heads, own, other), codes, torch.int32)
     counts = empty((shape.batches, shape.heads, own, 4), codes, torch.int32)
+    listed = empty(entries.shape, codes, torch.int32) if in_order else None
     run(Launch(
         kernels.list_blocks, shape.batches * shape.heads * own,
-        (_grid(codes), entries, counts, operands.query_sequences(call),
+        (_grid(codes), entries, counts, listed, operands.query_sequences(call),
          operands.key_sequences(call), operands.band(call) + operands.mask_functions(call),
          opaque(shape.heads), transposed, CHUNK_CODES),
     ))  # fmt: skip
+    if listed is not None:
+        run(Launch(
+            kernels.count_tiles, shape.batches * shape.heads * -(-other // BLOCKS),
+            (listed, opaque(own), opaque(other), TILES, BLOCKS),
+        ))  # fmt: skip
     return BlockList(
         entries, counts,
         opaque(shape.heads * own if shape.batches > 1 else 0),
         opaque(own if shape.heads > 1 else 0),
         opaque(other),
+        () if listed is None else listed,
     )  # fmt: skip
