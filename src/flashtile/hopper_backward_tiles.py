@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from flashtile.hopper_tiles import LEAST_DIM
-from flashtile.problem import COMPUTED, AttentionProblem
+from flashtile.problem import COMPUTED, MASK_BLOCK, AttentionProblem
 
 DIMS = (64, 128, 256)
 """Head dims that the kernel is compiled for; others are padded up by TMA's zero fill."""
@@ -33,8 +33,9 @@ LISTED = frozenset({"attn_mask", "document_ids"})
 """Masks that lists of blocks come of."""
 
 UNORDERED = LISTED | {"mask_mod"}
-"""Masks whose blocks are not those of a band: of a user's `keys` and `queries` each is a bound of
-its own, or not given, and what waits for the tiles of one may wait for a tile that the other skips.
+"""Masks whose blocks are not those of a band. Lists are counted where all tiles add in order. Of a
+user's `keys` and `queries` each is a bound of its own, or not given, and what waits for the tiles
+of one may wait for a tile that the other skips.
 """
 
 
@@ -53,6 +54,7 @@ class HopperBackwardTile:
     kept: int = 0  # columns of K in registers
     adds: str = "in any order"  # shares of dQ; or "after the first", or "in order"
     chains: int = 1  # sums of each block's dQ, each added in an order of its own
+    pads: bool = False  # a list's blocks may begin past the end, and then have no sums
     lags: bool = False  # a step's share of dQ is that of the block before
     skips: bool = False  # a warpgroup passes over blocks that see none of its keys
     skips_last: bool = False  # those at the end of a walk from the last queries
@@ -97,8 +99,8 @@ def cannot_backward(problem: AttentionProblem, deterministic: bool = False) -> s
         reason = f"does not do {missing[0]} yet"
     elif added := sorted(problem.features & ADDED):
         reason = f"has no registers for a {added[0]}"
-    elif deterministic and problem.features & UNORDERED:
-        reason = "adds dQ in order only under a causal mask or a window"
+    elif deterministic and "mask_mod" in problem.features:
+        reason = "does not add dQ in order under a mask_mod"
     elif problem.features >= {"dropout", "score_mod"}:
         reason = "does dropout only with slopes that are not below 0"
     elif head_dim <= DIMS[0] and len(crowded := sorted(problem.features & CROWDED)) > 1:
@@ -121,7 +123,9 @@ def backward_tile(problem: AttentionProblem, deterministic: bool = False) -> Hop
         tile = HopperBackwardTile(dim, dim_v, padded, padded, block_m, persistent=True)
         tile = replace(tile, parts=_parts(problem), **_schedule(problem, padded))
     if deterministic:
-        tile = replace(tile, adds="in order", persistent=False, chains=_chains(problem))
+        pads = bool(problem.features & LISTED) and tile.block_m < MASK_BLOCK
+        chains = _chains(problem)
+        tile = replace(tile, adds="in order", persistent=False, chains=chains, pads=pads)
     return tile
 
 
@@ -135,6 +139,8 @@ def _chains(problem: AttentionProblem) -> int:
     smaller head dims 0.96 to 1.07.
     """
     causal = problem.window_right >= 0 and not problem.windowed
+    if problem.features & LISTED:  # two tiles of 64 keys share a list's count
+        return 2 if problem.head_dim > DIMS[1] else 1
     return 3 if problem.head_dim > 192 and causal and problem.group == 1 else 1
 
 

@@ -43,7 +43,7 @@ LANGUAGE = SimpleNamespace(
     where=_tensors(torch.where), maximum=_tensors(torch.maximum), minimum=_tensors(torch.minimum),
     load=lambda pointer, mask=True, other=0: pointer.memory[pointer.offset] if mask else other,
     int32=torch.int32, int64=torch.int64, static_range=range, cdiv=lambda a, b: -(-a // b),
-    cast=lambda x, dtype: torch.as_tensor(x, dtype=dtype), constexpr=int,
+    cast=lambda x, dtype: torch.as_tensor(x, dtype=dtype), constexpr=int, static_assert=bool,
 )  # fmt: skip
 
 
@@ -51,19 +51,26 @@ LANGUAGE = SimpleNamespace(
 def _on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     tiles = "find_keys _blocks_of start_walk go_on hidden_steps row_of block_of first_block"
     for module, names in (
-        (key_tiles, [*tiles.split(), "turn", "tiles_before", "sums_of"]),
-        (query_lists, ["open_list", "place_of", "row_there"]),
+        (key_tiles, [*tiles.split(), "turn", "sums_of", "tiles_before"]),
+        (
+            query_lists,
+            ["open_list", "place_of", "row_there", "ordered_place", "listed_before", "find_sums"],
+        ),
     ):
         for name in names:
             monkeypatch.setattr(module, name, getattr(module, name).fn)
         monkeypatch.setattr(module, "gl", LANGUAGE)
         monkeypatch.setattr(module, "open_sequence", _open_sequence)
+    monkeypatch.setattr(key_tiles, "narrow", torch.as_tensor)
     for name in ("query_range", "key_range"):
         monkeypatch.setattr(key_tiles, name, _plainly(getattr(masks, name).fn))
     for module, name in ((key_tiles, "schedule_list"), (query_lists, "schedule_list"),
                          (walk, "block_start")):  # fmt: skip
         monkeypatch.setattr(module, name, getattr(schedule, name).fn)
     monkeypatch.setattr(query_lists, "listed_place", walk.listed_place.fn)
+    for name in ("block_of", "sums_of"):
+        monkeypatch.setattr(query_lists, name, getattr(key_tiles, name))
+    monkeypatch.setattr(query_lists, "LIST_BLOCK", schedule.LIST_BLOCK.value)
     monkeypatch.setattr(query_lists, "pinned", lambda n: torch.tensor(_number(n)))
     for name in ("PARTIAL", "RUN", "SCATTERED"):
         monkeypatch.setattr(walk, name, getattr(schedule, name).value)
@@ -157,20 +164,27 @@ def _launch(call: Call, tile: HopperBackwardTile, parts: int) -> Launch:
     return hopper_backward.gradient_launch(call, tile, space, q, dk, dv)
 
 
+def _device_arguments(call: Call, tile: HopperBackwardTile, parts: int) -> tuple[Any, Any, Any]:
+    """(queries' sequences, keys', all tiles) of a launch, whose tensors are addresses."""
+    sequences, _, _, work, _ = _launch(call, tile, parts).arguments[-5:]
+    q_seq, k_seq = (
+        x if x.cu_seqlens is None else x._replace(cu_seqlens=Pointer(x.cu_seqlens))
+        for x in sequences
+    )
+    if work.order is not None:
+        order = _order(work, q_seq, k_seq, tile.block_n)
+        work = work._replace(order=Pointer(order.flatten()))
+    return q_seq, k_seq, work
+
+
 def _steps(
     call: Call, tile: HopperBackwardTile, parts: int = 1, chunk: int = 1
 ) -> list[list[Step]]:
     """What each tile adds, tile by tile as the launch counts them."""
     launch = _launch(call, tile, parts)
-    sequences, variant, _, work, _ = launch.arguments[-5:]
-    q_seq, k_seq = (
-        x if x.cu_seqlens is None else x._replace(cu_seqlens=Pointer(x.cu_seqlens))
-        for x in sequences
-    )
+    variant = launch.arguments[-4]
+    q_seq, k_seq, work = _device_arguments(call, tile, parts)
     work = work._replace(chunk=opaque(chunk))
-    if work.order is not None:
-        order = _order(work, q_seq, k_seq, tile.block_n)
-        work = work._replace(order=Pointer(order.flatten()))
     found = []
     assert launch.grid in (1, _number(work.key_tiles) * _number(work.pairs))
     for number in range(_number(work.key_tiles) * _number(work.pairs)):
@@ -190,6 +204,11 @@ def _steps(
             walk = key_tiles.go_on(walk, keys, work, tile)
         found.append(steps)
     return found
+
+
+def _comes_in_chunks(shape: Any, keywords: dict[str, Any]) -> bool:
+    """Dense, of head dims up to 128."""
+    return len(set(shape[2])) == 1 and keywords.get("dim") != 256
 
 
 CALLS: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -213,12 +232,13 @@ CALLS: dict[str, tuple[Any, dict[str, Any]]] = {
                      {"causal": True, "attention_chunk": 90}),
     "packed used": ((2, 2, [(290, 130), (3, 0), (100, 333)]),
                     {"causal": True, "rooms": [(300, 300), (10, 70), (129, 400)]}),
+    "unlisted": ((4, 2, [(300, 300), (0, 70), (129, 1)]),
+                 {"causal": True, "document_ids": tuple(torch.zeros(n).int() for n in (439, 381))}),
 }  # fmt: skip
 PARTS = {"grouped": 3, "more queries": 3, "shared": 2, "packed": 2}
 WHOLE_AND_PARTS = [*((name, 1) for name in CALLS), *PARTS.items()]
-IN_CHUNKS = ("full", "causal", "grouped", "more queries", "window", "shared", "used")
 CHUNKS = [*((*x, 1) for x in WHOLE_AND_PARTS),
-          *((*x, 4) for x in WHOLE_AND_PARTS if x[0] in IN_CHUNKS)]  # fmt: skip
+          *((*x, 4) for x in WHOLE_AND_PARTS if _comes_in_chunks(*CALLS[x[0]]))]  # fmt: skip
 _all_calls = pytest.mark.parametrize(("name", "parts"), WHOLE_AND_PARTS)
 _all_chunks = pytest.mark.parametrize(("name", "parts", "chunk"), CHUNKS)
 
@@ -332,12 +352,29 @@ def _list(codes: Tensor) -> schedule.BlockList:
         run = len(full) if len(full) and full[-1] - full[0] + 1 == len(full) else 0
         first = int(full[0]) if len(full) else 0
         counts[where] = torch.tensor([len(partial), len(full) - run, run, first])
-    batches, heads, tiles, blocks = by_keys.shape
+    return _laid_out(entries, counts)
+
+
+def _laid_out(entries: Tensor, counts: Tensor, *before: Tensor) -> schedule.BlockList:
+    batches, heads, tiles, blocks = entries.shape
     return schedule.BlockList(
         Pointer(entries.flatten()), Pointer(counts.flatten()),
         opaque(heads * tiles if batches > 1 else 0), opaque(tiles if heads > 1 else 0),
-        opaque(blocks),
+        opaque(blocks), *(Pointer(x.flatten()) for x in before),
     )  # fmt: skip
+
+
+def _ordered_list(codes: Tensor) -> schedule.BlockList:
+    """The same where tiles add in order."""
+    by_keys = codes.transpose(-1, -2)
+    entries = torch.full(by_keys.shape, 10**6, dtype=torch.int32)
+    counts = torch.zeros(*by_keys.shape[:-1], 4, dtype=torch.int32)
+    for where in itertools.product(*map(range, by_keys.shape[:-1])):
+        seen = by_keys[where].nonzero().flatten()
+        entries[where][: len(seen)] = (2 * seen + (by_keys[where][seen] == 1)).int()
+        counts[where][0] = len(seen)
+    seen = (by_keys > 0).int()
+    return _laid_out(entries, counts, seen.cumsum(-2) - seen)
 
 
 @pytest.mark.parametrize("per_head", [False, True])
@@ -376,6 +413,85 @@ def test_listed_blocks_are_walked_once(dim: int, queries: int, per_head: bool) -
         if code:
             wanted.append((batch, head, key, row + int(code == 1 or row >= queries)))
     assert sorted(found) == sorted(wanted)
+
+
+LISTED: dict[str, tuple[list[tuple[int, int]], dict[str, Any]]] = {
+    "dense": ([(700, 400)] * 2, {}),
+    "even": ([(768, 512)] * 2, {}),
+    "few keys": ([(330, 60)] * 2, {}),
+    "used": ([(150, 120), (0, 300), (500, 660)], {"rooms": [(500, 700)] * 3}),
+    "packed": ([(300, 300), (0, 70), (129, 1), (64, 200), (190, 330)], {}),
+}
+
+
+@pytest.mark.parametrize("dim", [64, 128, 256])
+@pytest.mark.parametrize(("heads", "batches"), [(1, 0), (4, 0), (1, 1)])
+@pytest.mark.parametrize("name", LISTED)
+def test_listed_blocks_are_added_to_in_the_order_of_tiles(
+    name: str, heads: int, batches: int, dim: int
+) -> None:
+    """All that there are and see a block, counted from 0, each once; walks go from the last block
+    to the first, and what begins past the end adds to nothing. `batches`: one mask for all."""
+    lengths, keywords = LISTED[name]
+    if batches and len(set(lengths)) > 1:
+        pytest.skip("sequences of other lengths have masks of their own")
+    call = _call(4, 2, lengths, dim=dim, **keywords)
+    listed = replace(describe(call), features=describe(call).features | {"attn_mask"})
+    tile, parts = backward_tile(listed, deterministic=True), 2 if heads > 1 else 1
+    longest = [-(-max(x) // 128) for x in zip(*keywords.get("rooms", lengths), strict=True)]
+    codes = torch.randint(0, 3, (batches or len(lengths), heads, *longest),
+                          generator=torch.Generator().manual_seed(dim))  # fmt: skip
+    for batch, (queries, keys) in enumerate(lengths[: len(codes)]):
+        codes[batch, :, -(-queries // 128) :] = 0
+        codes[batch, :, :, -(-keys // 128) :] = 0
+    lists = _ordered_list(codes)
+    tiles, found = _listed_steps(call, tile, parts, lists), set()
+    locks = Counter[int]()
+    for steps in tiles:
+        for step in steps:
+            assert locks[step.block] == step.before
+            locks[step.block] += 1
+            batch, _, key = step.tile
+            assert step.row < lengths[batch][0]
+            found.add((batch, step.head, key, step.row))
+        rows = [x.row for x in steps]
+        assert rows == sorted(rows, reverse=True)
+    assert len(found) == sum(map(len, tiles))
+    for batch, (queries, keys) in enumerate(lengths):
+        for head, key, row in itertools.product(
+            range(4), range(0, keys, tile.block_n), range(0, queries, tile.block_m)
+        ):
+            seen = codes[batch % len(codes), head % heads, row // 128, key // 128] > 0
+            assert ((batch, head, key, row) in found) == bool(seen)
+    for ctas in (1, 3, len(tiles)):
+        _work_through(tiles, ctas, True)
+
+
+def _listed_steps(
+    call: Call, tile: HopperBackwardTile, parts: int, lists: schedule.BlockList
+) -> list[list[Step]]:
+    """As `_steps`, but for those that add to nothing."""
+    q_seq, k_seq, work = _device_arguments(call, tile, parts)
+    found = []
+    for number in range(_number(work.key_tiles) * _number(work.pairs)):
+        keys = key_tiles.find_keys(work, torch.tensor(number), q_seq, k_seq, (), lists, tile)
+        steps: list[Step] = []
+        if keys.key < 0:  # nobody's slot
+            continue
+        walk = key_tiles.start_walk(keys, work, tile)
+        base = key_tiles.first_block(work, q_seq, keys.batch, tile)
+        there = int(keys.blocks) * _number(work.heads.group)
+        span = _open_sequence(q_seq, keys.batch)
+        way = query_lists.open_list(lists, keys, work, k_seq, tile)
+        for _ in range(there + 1):  # the writer looks one block further
+            sums, before = query_lists.find_sums(keys, walk, way, base, span, q_seq, k_seq, (),
+                                                 lists, work, tile)  # fmt: skip
+            place = int(query_lists.place_of(lists, way, keys, walk, span, tile))
+            where = (int(keys.batch), int(keys.kv_head) // parts, int(keys.key))
+            steps.append(Step(where, int(walk.head), place & -2, int(sums), int(before)))
+            walk = key_tiles.go_on(walk, keys, work, tile)
+        found.append([x for x in steps[:there] if x.before >= 0])
+    return found
 
 
 def _duration(tiles: list[list[Step]], ctas: int, ordered: bool) -> float:

@@ -277,6 +277,47 @@ def test_deterministic_gradients(
         assert all(torch.equal(found.grads[n], expected.grads[n]) for n in "qkv")
 
 
+def _listed_masks(kind: str, lengths: tuple[tuple[int, int], ...]) -> dict[str, Any]:
+    """Of 780 queries and 643 keys: the 13th block of 64 queries shares a list's with none."""
+    ids = [torch.randint(0, 9, (1, n), device="cuda").sort(-1).values.int() for n in (780, 643)]
+    if lengths:
+        totals = [sum(x) for x in zip(*lengths, strict=True)]
+        return {"document_ids": tuple(torch.arange(n, device="cuda").int() // 170 for n in totals)}
+    if kind.endswith("documents"):
+        return {"document_ids": tuple(x.expand(2, -1).contiguous() for x in ids)}
+    if kind == "causal tensor":
+        return {"attn_mask": torch.ones(780, 643, dtype=torch.bool, device="cuda").tril(-137)}
+    shape = (2, 12 if kind == "heads" else 1, 7, 6)
+    codes = torch.randint(0, 3, shape, device="cuda")
+    codes = codes.repeat_interleave(128, -1).repeat_interleave(128, -2)[..., :780, :643]
+    return {
+        "attn_mask": (codes == 2) | ((codes == 1) & (torch.rand(codes.shape, device="cuda") < 0.5))
+    }
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["documents", "causal documents", "packed documents", "blocks", "heads", "window blocks",
+     "causal tensor"],
+)  # fmt: skip
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_deterministic_gradients_of_masks_given_as_tensors(dim: int, kind: str) -> None:
+    """Lists of blocks that are full, partial and neither, of all heads and of each: those that two
+    warpgroups or two tiles share, and that begin past the end."""
+    lengths = ((300, 300), (1, 700), (0, 9), (500, 130), (780, 643)) if "packed" in kind else ()
+    features: dict[str, Any] = {"causal": True} if kind == "causal documents" else {}
+    features |= {"window_size": (300, 90)} if "window" in kind else {}
+    case = Case("order", 780, 643, heads=12, kv_heads=4, head_dim=dim, lengths=lengths,
+                features=features)  # fmt: skip
+    problem = case.draw(dim, BF16, "cuda")
+    problem.keywords |= {**_listed_masks(kind, lengths), "deterministic": True}
+    with poisoned_allocations():
+        expected = assert_matches_reference(problem)
+    for _ in range(10):
+        found = run(problem)
+        assert all(torch.equal(found.grads[n], expected.grads[n]) for n in "qkv")
+
+
 @pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("dim", [64, 128, 256])
 def test_gradients_of_groups_in_one_part(dim: int, deterministic: bool) -> None:

@@ -178,7 +178,7 @@ def gradient_launch(
     work = _work(call, tile, parts)._replace(
         counter=space.counter, locks=space.locks, order=space.order
     )
-    variant = variant_with(call, blocklists.by_keys(call))
+    variant = variant_with(call, blocklists.by_keys(call, tile.adds == "in order"))
     grid = triton.key_grid(call, tile.block_n) * parts
     return Launch(
         kernels.attention_backward, min(grid, processors(q.device)) if tile.persistent else grid,
@@ -233,7 +233,8 @@ def _work(call: Call, tile: HopperBackwardTile, parts: int) -> KeyWork:
             together = min(pairs, heads_together(tiles))
         if tile.adds == "in order":
             queries = blocks * tile.block_m * q.shape[-2] // (k.shape[-2] * parts)
-            least = HEADS_IN_ORDER if call.banded else heads_in_order(queries, tile)
+            apart = call.banded or call.operands.mask_blocks is not None
+            least = HEADS_IN_ORDER if apart else heads_in_order(queries, tile)
             least = CHAINED_HEADS if tile.chains > 1 else max(together, least)
             together = min(pairs, least)
             chunk = chunk_in_order(call, tile, tiles * pairs)
@@ -265,4 +266,5 @@ def chunk_in_order(call: Call, tile: HopperBackwardTile, tiles: int) -> int:
     (head dim 64, 1k, simulated, without and with: 128 tiles 1.14 and 1.34 of the time in any order,
     512 1.53 and 1.31)."""
     causal = call.banded and not call.windowed
+    causal = causal and call.operands.mask_blocks is None  # whose tiles are counted as they lie
     return CHUNK_IN_ORDER if causal and not tile.wide and tiles >= 2 * TILES_TOGETHER else 1

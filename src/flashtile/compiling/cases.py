@@ -125,6 +125,7 @@ VARIANTS: dict[str, Callable[[], dict[str, Any]]] = {
     "dropout": lambda: {"causal": True, "dropout_p": 0.1},
     "masked dropout": _masked_dropout,
     "documents": _documents,
+    "ordered documents": lambda: {**_documents(), "deterministic": True},
     "bias": _bias,
     "varlen": _varlen,
     "packed": _packed,
@@ -182,6 +183,8 @@ def every_case() -> list[Case]:
     cases.append(Case("chunks", "bfloat16", 64, 64, chunked))
     cases += [Case("packed", "bfloat16", 128, 128, HOPPER_BACKWARD, kv_heads=kv_heads, only=HOPPER)
               for kv_heads in (KV_HEADS, HEADS)]  # fmt: skip
+    ordered = ("list_blocks", "count_tiles", "attention_backward", "finish_query_gradient")
+    cases.append(Case("ordered documents", "bfloat16", 128, 128, ordered, only=HOPPER))
     cases.append(Case("decode-pages", "bfloat16", 128, 128))
     cases += [Case(name, "bfloat16", 128, 128, only=HOPPER)
               for name in ("decode", "decode-tall", "decode-e4m3")]  # fmt: skip

@@ -46,12 +46,16 @@ from flashtile.kernels.hopper.key_tiles import (
     make_queue,
     row_of,
     start_walk,
-    sums_of,
-    tiles_before,
 )
 from flashtile.kernels.hopper.locks import keep_locks, make_debts
 from flashtile.kernels.hopper.query_gradients import add_shares, open_places
-from flashtile.kernels.hopper.query_lists import open_list, open_lists, place_of, row_there
+from flashtile.kernels.hopper.query_lists import (
+    find_sums,
+    open_list,
+    open_lists,
+    place_of,
+    row_there,
+)
 from flashtile.kernels.hopper.scheduler import pinned
 from flashtile.kernels.hopper.stages import (
     EVERYBODY,
@@ -151,6 +155,7 @@ def load_tile(inputs, side, blocks, places, tile, n, i, q_seq, k_seq, lists, wor
 @gluon.jit
 def add_queries(dq, side, queue, debts, q_seq, k_seq, masks, lists, work, TILE: gl.constexpr):
     """Add the shares of dQ that the consumers hand over."""
+    AHEAD: gl.constexpr = TILE.locked and lists is not None
     n, owed = 0, 0
     tile = queue.get(n, 1)
     while tile.key >= 0:
@@ -161,15 +166,22 @@ def add_queries(dq, side, queue, debts, q_seq, k_seq, masks, lists, work, TILE: 
         steps = tile.blocks * pinned(work.heads.group)
         if steps > 0:
             open_places()
+        if AHEAD:
+            next_sums, next_before = find_sums(tile, walk, schedule, base, q_span, q_seq, k_seq,
+                                               masks, lists, work, TILE)  # fmt: skip
         for j in range(steps):
-            place, before = place_of(lists, schedule, tile, walk, q_span, TILE), 0
-            row = row_there(lists, place, q_span, TILE)
-            sums = sums_of(block_of(row, walk, base, work, TILE), tile, TILE)
-            if TILE.locked:
-                before = tiles_before(row, tile, q_seq, k_seq, masks, work, TILE)
+            if AHEAD:  # two loads, under this block's shares
+                sums, before = next_sums, next_before
+                walk = go_on(walk, tile, work, TILE)
+                next_sums, next_before = find_sums(tile, walk, schedule, base, q_span, q_seq, k_seq,
+                                                   masks, lists, work, TILE)  # fmt: skip
+            else:
+                sums, before = find_sums(tile, walk, schedule, base, q_span, q_seq, k_seq, masks,
+                                         lists, work, TILE)  # fmt: skip
             owed = add_shares(dq, side.dq, work.locks, debts, sums, before, owed, j == steps - 1,
                               TILE)  # fmt: skip
-            walk = go_on(walk, tile, work, TILE)
+            if not AHEAD:
+                walk = go_on(walk, tile, work, TILE)
         tma_store_wait(0)
         barriers.arrive(TILE_DONE, EVERYBODY)
         n += 1

@@ -75,7 +75,8 @@ def add_shares(acc, places, locks, debts, sums, before, owed, LAST, TILE: gl.con
 
     Where tiles add in order, the sums' lock counts those that have; where they do not, it tells
     that the first has. `before` tiles come before this one, and all of them are earlier tiles of
-    the launch, so that nobody waits for a CTA that has not started. The first tile stores.
+    the launch, so that nobody waits for a CTA that has not started. The first tile stores. Where it
+    is -1 a block has no sums, nor a lock.
     """
     if TILE.locked:
         wanted = before if TILE.adds == "in order" else gl.minimum(before, 1)
@@ -85,10 +86,19 @@ def add_shares(acc, places, locks, debts, sums, before, owed, LAST, TILE: gl.con
         row = (SHARES * sums + 2 * n) * (SHARE // 256)
         add_pair(acc, places, row, before, LAST, own_columns(TILE.dim, 0) // 64 - n,
                  own_columns(TILE.dim, 1) // 64 - n, TILE)  # fmt: skip
-    if TILE.locked and (TILE.adds == "in order" or before == 0):
+    if TILE.locked and owes_lock(before, TILE):
         debts.put(owed, sums, before + 1)
         owed += 1
     return owed
+
+
+@gluon.jit
+def owes_lock(before, TILE: gl.constexpr):
+    """Whether a tile sets a block's lock."""
+    if TILE.pads:
+        return before >= 0
+    else:
+        return TILE.adds == "in order" or before == 0
 
 
 @gluon.jit
@@ -111,7 +121,7 @@ def add_share(acc, places, row, before, WARPGROUP: gl.constexpr, TILE: gl.conste
         reduce_add(acc, [row, 0], places.index(WARPGROUP))
     elif before == 0:
         tma_store(acc, [row, 0], places.index(WARPGROUP))
-    else:
+    elif not TILE.pads or before > 0:
         reduce_add(acc, [row, 0], places.index(WARPGROUP))
 
 
