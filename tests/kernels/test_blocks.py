@@ -216,8 +216,8 @@ def test_rows_past_the_last_offset_have_no_list(monkeypatch: pytest.MonkeyPatch)
     """Behind the lists lie traps: one full block, of NaN."""
     lists_of = blocklists._lists
 
-    def trapped(call: Call, transposed: bool) -> Any:
-        lists = lists_of(call, transposed)
+    def trapped(call: Call, transposed: bool, in_order: bool = False) -> Any:
+        lists = lists_of(call, transposed, in_order)
         assert lists is not None
         counts = torch.tensor([0, 1, 1, 1], dtype=torch.int32).repeat(100)
         entries = torch.ones(100, dtype=torch.int32)

@@ -179,11 +179,11 @@ def every_case() -> list[Case]:
     # Backward gathers pages first; without masks the mainloops are those of causal calls.
     cases.append(Case("paged", "float16", 128, 128, ("attention_forward",)))
     cases.append(Case("full", "float16", 128, 128, only=HOPPER))
-    chunked = ("attention_forward", DKDV, "attention_backward")  # both ways round
+    chunked = ("attention_forward", DKDV, *HOPPER_BACKWARD)  # masks both ways round
     cases.append(Case("chunks", "bfloat16", 64, 64, chunked))
     cases += [Case("packed", "bfloat16", 128, 128, HOPPER_BACKWARD, kv_heads=kv_heads, only=HOPPER)
               for kv_heads in (KV_HEADS, HEADS)]  # fmt: skip
-    ordered = ("list_blocks", "count_tiles", "attention_backward", "finish_query_gradient")
+    ordered = ("list_blocks", "count_tiles", *HOPPER_BACKWARD)
     cases.append(Case("ordered documents", "bfloat16", 128, 128, ordered, only=HOPPER))
     cases.append(Case("decode-pages", "bfloat16", 128, 128))
     cases += [Case(name, "bfloat16", 128, 128, only=HOPPER)
