@@ -42,6 +42,11 @@ CHAINED_HEADS = 4
 with 2, 3, 4, 5, 8 heads (H200): 4k 1.82, 1.94, 1.80, 1.91, 1.87; 16k 6.43, 6.38, 6.40, 6.67, 8.50.
 """
 
+MASKED_HEADS = 8
+"""The same at least under a mask tensor, up to head dim 128, whose tiles may begin anywhere. Time
+over any order with 2, 4, 8, 16 heads, random blocks (H200): head dim 128 4k 1.20, 0.97, 0.86, 1.06,
+16k 1.32, 1.21, 1.25, 1.44; 64 16k 1.28, 1.21, 1.18, 1.25; 256 16k 1.69, 2.07, 2.34, 2.32."""
+
 CHUNK_IN_ORDER = 4
 """Tiles of a head of which the last one comes first under a causal mask where dQ is added in order.
 4k keys (H200): 1.400 -> 1.349 ms at head dim 128, 1.670 -> 1.546 at 64, and 1.943 -> 2.09 above."""
@@ -233,10 +238,7 @@ def _work(call: Call, tile: HopperBackwardTile, parts: int) -> KeyWork:
             together = min(pairs, heads_together(tiles))
         if tile.adds == "in order":
             queries = blocks * tile.block_m * q.shape[-2] // (k.shape[-2] * parts)
-            apart = call.banded or call.operands.mask_blocks is not None
-            least = HEADS_IN_ORDER if apart else heads_in_order(queries, tile)
-            least = CHAINED_HEADS if tile.chains > 1 else max(together, least)
-            together = min(pairs, least)
+            together = min(pairs, together_in_order(call, tile, queries, together))
             chunk = chunk_in_order(call, tile, tiles * pairs)
     heads = Heads(opaque(q.shape[-2]), opaque(q.shape[-2] // (k.shape[-2] * parts)))
     return KeyWork(
@@ -250,6 +252,18 @@ def heads_together(tiles: int) -> int:
     that the last ones are as many as the others (head dim 128, causal, simulated: 3 heads of 16
     together end 4.5% after 4 do; one of eight, in groups of four query heads, 23%)."""
     return power_of_two(-(-TILES_TOGETHER // tiles))
+
+
+def together_in_order(call: Call, tile: HopperBackwardTile, queries: int, together: int) -> int:
+    """KV heads, `queries` of each, whose tiles follow each other tile by tile where dQ is added in
+    order, and `together` in any order."""
+    fitting = heads_in_order(queries, tile)
+    if call.operands.attn_mask is not None:
+        return fitting if tile.wide else max(MASKED_HEADS, fitting)
+    if tile.chains > 1:
+        return CHAINED_HEADS
+    bounded = call.banded or call.operands.mask_blocks is not None
+    return max(together, HEADS_IN_ORDER if bounded else fitting)
 
 
 def heads_in_order(queries: int, tile: HopperBackwardTile) -> int:
