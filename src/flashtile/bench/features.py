@@ -201,6 +201,13 @@ def deterministic_full(cell: Cell, device: torch.device) -> Work:
     return plain._replace(keywords={"deterministic": True})
 
 
+def deterministic_documents(cell: Cell, device: torch.device) -> Work:
+    """Of each row sixteen, against the same in any order."""
+    plain, baseline = documents(cell, device), replace(cell, feature="documents")
+    keywords = {**plain.keywords, "deterministic": True}
+    return plain._replace(keywords=keywords, baseline=baseline, lengths=())
+
+
 def lengths(cell: Cell, device: torch.device) -> Work:
     """Any length or number of heads, against the nearest power of two and 16 heads."""
     plain = causal(cell, device)
@@ -302,11 +309,12 @@ FEATURES: dict[str, Callable[[Cell, torch.device], Work]] = {
     "sink": sink,
     "deterministic": deterministic,
     "deterministic full": deterministic_full,
+    "deterministic documents": deterministic_documents,
     "lengths": lengths,
     "varlen": varlen,
     "page 16": pages,
     "page 256": pages,
 }
 
-ORDERED = ("deterministic", "deterministic full")
+ORDERED = ("deterministic", "deterministic full", "deterministic documents")
 """Features of which only the gradients are of interest."""
