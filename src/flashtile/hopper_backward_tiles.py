@@ -130,18 +130,21 @@ def backward_tile(problem: AttentionProblem, deterministic: bool = False) -> Hop
 
 
 def _chains(problem: AttentionProblem) -> int:
-    """Sums of a block's dQ where it is added in order. Tile t adds to sum t % 3 behind tile t - 3,
-    instead of behind tile t - 1.
+    """Sums of a block's dQ where it is added in order. Of three, tile t adds to sum t % 3, behind
+    tile t - 3 instead of tile t - 1.
 
     Head dim 256, causal, time over one sum (H200; with the 8 bytes more to read of each element at
-    the end): 4k 0.89 to 0.98, 8k 0.82 to 0.90, 16k 0.84 to 0.98, packed 0.87 to 0.96. Elsewhere L2
-    costs more: full attention 1.02 to 1.05, windows 1.27, groups of four query heads 1.13 to 1.24,
-    smaller head dims 0.96 to 1.07.
+    the end): three, 4k 0.89 to 0.98, 8k 0.82 to 0.90, 16k 0.84 to 0.98, packed 0.87 to 0.96. Two of
+    groups of two query heads 0.85, of four 0.70 (three 0.86 to 0.90 and 0.76), of eight 1.17.
+    Elsewhere L2 costs more: full attention 1.02 to 1.05, windows 1.27, smaller head dims 0.96 to
+    1.07.
     """
     causal = problem.window_right >= 0 and not problem.windowed
     if problem.features & LISTED:  # two tiles of 64 keys share a list's count
         return 2 if problem.head_dim > DIMS[1] else 1
-    return 3 if problem.head_dim > 192 and causal and problem.group == 1 else 1
+    if problem.head_dim <= 192 or not causal or problem.group > 4:
+        return 1
+    return 3 if problem.group == 1 else 2
 
 
 def _parts(problem: AttentionProblem) -> int:

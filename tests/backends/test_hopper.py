@@ -118,8 +118,9 @@ def test_tiles_fit_and_do_not_depend_on_lengths_alone() -> None:
         assert backward_tile(problem).persistent
         sloped = replace(problem, features=problem.features | {"alibi_slopes"})
         assert backward_tile(sloped).persistent != causal
-        wide = replace(problem, head_dim=256, head_dim_v=256, kv_heads=problem.heads)
-        assert backward_tile(wide, deterministic=True).chains == (3 if causal else 1)
+        for group, chains in ((1, 3), (2, 2), (4, 2), (8, 1)):
+            wide = replace(problem, head_dim=256, head_dim_v=256, kv_heads=problem.heads // group)
+            assert backward_tile(wide, deterministic=True).chains == (chains if causal else 1)
         assert backward_tile(replace(wide, window_left=99), deterministic=True).chains == 1
         assert backward_tile(wide).chains == 1
     dims = replace(LLAMA, head_dim=64, head_dim_v=64)

@@ -223,6 +223,7 @@ CALLS: dict[str, tuple[Any, dict[str, Any]]] = {
     "chunk and band": ((2, 1, [(700, 500)]), {"attention_chunk": 190, "window_size": (100, 60)}),
     "shared": ((4, 1, [(600, 1300)]), {"causal": True}),
     "chains": ((2, 2, [(700, 700), (300, 500)]), {"causal": True, "dim": 256}),
+    "groups of chains": ((4, 2, [(500, 650)] * 2), {"causal": True, "dim": 256}),
     "used": ((4, 2, [(150, 120), (0, 300), (500, 660)]),
              {"causal": True, "rooms": [(500, 700)] * 3}),
     "packed": ((4, 2, [(300, 300), (0, 70), (129, 1), (64, 200)]), {"causal": True}),

@@ -38,8 +38,10 @@ head dim 64, with the few heads of the default and with 16 (H200): causal 4k 1.3
 and 1.10; 1, 8 and 32 heads are no better."""
 
 CHAINED_HEADS = 4
-"""The same where a block has several sums, which need room in L2. Three, causal, head dim 256, ms
-with 2, 3, 4, 5, 8 heads (H200): 4k 1.82, 1.94, 1.80, 1.91, 1.87; 16k 6.43, 6.38, 6.40, 6.67, 8.50.
+"""Query heads of which that holds where a block has several sums, which need room in L2. Three,
+causal, head dim 256, ms with 2, 3, 4, 5, 8 heads (H200): 4k 1.82, 1.94, 1.80, 1.91, 1.87; 16k 6.43,
+6.38, 6.40, 6.67, 8.50. Two, of one or two KV heads for groups of four 6.6 and 9.1, of two 3.6 and
+3.4.
 """
 
 MASKED_HEADS = 8
@@ -238,7 +240,8 @@ def _work(call: Call, tile: HopperBackwardTile, parts: int) -> KeyWork:
             together = min(pairs, heads_together(tiles))
         if tile.adds == "in order":
             queries = blocks * tile.block_m * q.shape[-2] // (k.shape[-2] * parts)
-            together = min(pairs, together_in_order(call, tile, queries, together))
+            group = q.shape[-2] // (k.shape[-2] * parts)
+            together = min(pairs, together_in_order(call, tile, queries, group, together))
             chunk = chunk_in_order(call, tile, tiles * pairs)
     heads = Heads(opaque(q.shape[-2]), opaque(q.shape[-2] // (k.shape[-2] * parts)))
     return KeyWork(
@@ -254,14 +257,16 @@ def heads_together(tiles: int) -> int:
     return power_of_two(-(-TILES_TOGETHER // tiles))
 
 
-def together_in_order(call: Call, tile: HopperBackwardTile, queries: int, together: int) -> int:
-    """KV heads, `queries` of each, whose tiles follow each other tile by tile where dQ is added in
-    order, and `together` in any order."""
+def together_in_order(
+    call: Call, tile: HopperBackwardTile, queries: int, group: int, together: int
+) -> int:
+    """KV heads, each with `queries` of a group of query heads, whose tiles follow each other tile
+    by tile where dQ is added in order, and `together` in any order."""
     fitting = heads_in_order(queries, tile)
     if call.operands.attn_mask is not None:
         return fitting if tile.wide else max(MASKED_HEADS, fitting)
     if tile.chains > 1:
-        return CHAINED_HEADS
+        return max(1, CHAINED_HEADS // group)
     bounded = call.banded or call.operands.mask_blocks is not None
     return max(together, HEADS_IN_ORDER if bounded else fitting)
 
