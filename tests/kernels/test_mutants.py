@@ -106,7 +106,7 @@ MUTANTS = (
            lambda f: lambda call: torch.full_like(f(call), 2),
            Case("mutant", 40, 40, 1, 1, 1, 8, tensors=("attn_mask",))),
     Mutant("a_listed_block_skipped", blocklists, "_lists",
-           lambda f: lambda call, transposed: _fewer(f(call, transposed)), _case("attn_mask")),
+           lambda f: lambda *a, **k: _fewer(f(*a, **k)), _case("attn_mask")),
     Mutant("documents_ignored", operands, "tensor_masks", lambda f: lambda *a, **k: (),
            _case("document_ids")),
     Mutant("dropout_of_another_head", operands, "dropouts",
