@@ -235,6 +235,9 @@ CALLS: dict[str, tuple[Any, dict[str, Any]]] = {
                     {"causal": True, "rooms": [(300, 300), (10, 70), (129, 400)]}),
     "unlisted": ((4, 2, [(300, 300), (0, 70), (129, 1)]),
                  {"causal": True, "document_ids": tuple(torch.zeros(n).int() for n in (439, 381))}),
+    "unlisted chains": ((2, 1, [(300, 300), (0, 70), (129, 1)]),
+                        {"document_ids": tuple(torch.zeros(n).int() for n in (439, 381)),
+                         "dim": 256}),
 }  # fmt: skip
 PARTS = {"grouped": 3, "more queries": 3, "shared": 2, "packed": 2}
 WHOLE_AND_PARTS = [*((name, 1) for name in CALLS), *PARTS.items()]

@@ -257,8 +257,11 @@ def test_gradients_of_keys_repeat(dim: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "features", [{}, {"causal": True}, {"window_size": (70, 0)}, {"window_size": (10, 90)}], ids=str
-)
+    "features",
+    [{}, {"causal": True}, {"window_size": (70, 0)}, {"window_size": (10, 90)},
+     {"attention_chunk": 90}],
+    ids=str,
+)  # fmt: skip
 @pytest.mark.parametrize("lengths", [(), ((300, 300), (1, 700), (0, 9), (500, 130))], ids=bool)
 @pytest.mark.parametrize(("dim", "kv_heads"), [(64, 4), (128, 4), (256, 2), (256, 4), (256, 12)])
 def test_deterministic_gradients(
@@ -282,7 +285,9 @@ def _listed_masks(kind: str, lengths: tuple[tuple[int, int], ...]) -> dict[str, 
     ids = [torch.randint(0, 9, (1, n), device="cuda").sort(-1).values.int() for n in (780, 643)]
     if lengths:
         totals = [sum(x) for x in zip(*lengths, strict=True)]
-        return {"document_ids": tuple(torch.arange(n, device="cuda").int() // 170 for n in totals)}
+        ids = tuple(torch.arange(n, device="cuda").int() // 170 for n in totals)
+        bounds = {"max_seqlen_q": 780, "max_seqlen_k": 700} if "bounded" in kind else {}
+        return {"document_ids": ids, **bounds}
     if kind.endswith("documents"):
         return {"document_ids": tuple(x.expand(2, -1).contiguous() for x in ids)}
     if kind == "causal tensor":
@@ -297,13 +302,14 @@ def _listed_masks(kind: str, lengths: tuple[tuple[int, int], ...]) -> dict[str, 
 
 @pytest.mark.parametrize(
     "kind",
-    ["documents", "causal documents", "packed documents", "blocks", "heads", "window blocks",
-     "causal tensor"],
+    ["documents", "causal documents", "packed documents", "bounded packed documents", "blocks",
+     "heads", "window blocks", "causal tensor"],
 )  # fmt: skip
 @pytest.mark.parametrize("dim", [64, 128, 256])
 def test_deterministic_gradients_of_masks_given_as_tensors(dim: int, kind: str) -> None:
     """Lists of blocks that are full, partial and neither, of all heads and of each: those that two
-    warpgroups or two tiles share, and that begin past the end."""
+    warpgroups or two tiles share, and that begin past the end. Packed sequences have none unless
+    their longest is known."""
     lengths = ((300, 300), (1, 700), (0, 9), (500, 130), (780, 643)) if "packed" in kind else ()
     features: dict[str, Any] = {"causal": True} if kind == "causal documents" else {}
     features |= {"window_size": (300, 90)} if "window" in kind else {}
