@@ -61,6 +61,7 @@ VARIATIONS = {
         _dense(heads=n, kv_heads=m) for n, m in ((4, 2), (6, 3), (1, 1), (8, 1), (16, 16))
     ],
     "window": lambda: _features("window_size", (5, 3), (0, 1), (16, 32), (1, 1), (500, 2**40)),
+    "chunk": lambda: _features("attention_chunk", 7, 1, 16, 64, 500, 2**40),
     "softcap": lambda: _features("softcap", 3.0, 1.0, 16.0, 30.5, causal=True),
     "softmax_scale": lambda: _features("softmax_scale", 0.3, 1.0, 16.0, 1e-3, causal=True),
     "dropout_p": lambda: _features("dropout_p", 0.1, 0.5, 1 / 16),

@@ -58,6 +58,16 @@ def test_pages_and_queries(seqlen_q: int, page: int) -> None:
     _assert_right(q, caches, keywords | {"causal": True})
 
 
+@pytest.mark.parametrize("page", [0, 24, 128])
+@pytest.mark.parametrize("chunk", [1, 200, 1024])
+def test_chunks(chunk: int, page: int) -> None:
+    """Of which one, two or eight have keys that some query sees."""
+    torch.manual_seed(page)
+    caches, keywords = _cache(page, 128, torch.bfloat16)
+    q = torch.randn(len(LENGTHS), 8, HEADS, 128, device="cuda").to(torch.bfloat16)
+    _assert_right(q, caches, keywords | {"causal": True, "attention_chunk": chunk})
+
+
 @pytest.mark.parametrize("narrow", ["k", "v"])
 @pytest.mark.parametrize("seqlen_q", [1, 200])
 def test_pages_of_heads_narrower_than_the_tile(seqlen_q: int, narrow: str) -> None:

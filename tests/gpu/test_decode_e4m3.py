@@ -132,6 +132,7 @@ def test_scales_pages_and_groups(layout: Layout, backend: str) -> None:
 
 FEATURES: dict[str, dict[str, Any]] = {
     "window": {"window_size": (200, 0)},
+    "chunk": {"attention_chunk": 300, "causal": True},
     "softcap": {"softcap": 15.0},
     "alibi": {"alibi_slopes": torch.arange(1, 9) / 64},
     "sink": {"learnable_sink": torch.linspace(-2, 3, 8), "causal": True},

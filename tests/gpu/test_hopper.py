@@ -54,8 +54,11 @@ def _randn(*shape: int) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    "features", [{}, {"causal": True}, {"window_size": (40, 10)}, {"window_size": (9, -1)}], ids=str
-)
+    "features",
+    [{}, {"causal": True}, {"window_size": (40, 10)}, {"window_size": (9, -1)},
+     {"attention_chunk": 90}],
+    ids=str,
+)  # fmt: skip
 @pytest.mark.parametrize(("dim", "dim_v", "bound"), TILES, ids=str)
 def test_packed_lengths(dim: int, dim_v: int, bound: int, features: dict[str, Any]) -> None:
     """Rows past the last offset, sequences without queries or keys, warpgroups that pass over
@@ -196,8 +199,11 @@ def _leave_nan_in_freed_memory() -> None:
 
 
 @pytest.mark.parametrize(
-    "features", [{}, {"causal": True}, {"window_size": (9, -1)}, {"window_size": (10, 10)}], ids=str
-)
+    "features",
+    [{}, {"causal": True}, {"window_size": (9, -1)}, {"window_size": (10, 10)},
+     {"attention_chunk": 70}],
+    ids=str,
+)  # fmt: skip
 @pytest.mark.parametrize(("dim", "dim_v"), BACKWARD_DIMS, ids=str)
 def test_gradients_at_edges_of_tiles(dim: int, dim_v: int, features: dict[str, Any]) -> None:
     """Lengths around 64 and 128, a group of three; keys that no query sees get exactly 0."""
@@ -259,7 +265,7 @@ def test_gradients_of_keys_repeat(dim: int) -> None:
 @pytest.mark.parametrize(
     "features",
     [{}, {"causal": True}, {"window_size": (70, 0)}, {"window_size": (10, 90)},
-     {"attention_chunk": 90}],
+     {"attention_chunk": 90}, {"causal": True, "attention_chunk": 150}],
     ids=str,
 )  # fmt: skip
 @pytest.mark.parametrize("lengths", [(), ((300, 300), (1, 700), (0, 9), (500, 130))], ids=bool)
@@ -303,7 +309,7 @@ def _listed_masks(kind: str, lengths: tuple[tuple[int, int], ...]) -> dict[str, 
 @pytest.mark.parametrize(
     "kind",
     ["documents", "causal documents", "packed documents", "bounded packed documents", "blocks",
-     "heads", "window blocks", "causal tensor"],
+     "heads", "window blocks", "chunk blocks", "causal tensor"],
 )  # fmt: skip
 @pytest.mark.parametrize("dim", [64, 128, 256])
 def test_deterministic_gradients_of_masks_given_as_tensors(dim: int, kind: str) -> None:
@@ -313,6 +319,7 @@ def test_deterministic_gradients_of_masks_given_as_tensors(dim: int, kind: str) 
     lengths = ((300, 300), (1, 700), (0, 9), (500, 130), (780, 643)) if "packed" in kind else ()
     features: dict[str, Any] = {"causal": True} if kind == "causal documents" else {}
     features |= {"window_size": (300, 90)} if "window" in kind else {}
+    features |= {"causal": True, "attention_chunk": 200} if "chunk" in kind else {}
     case = Case("order", 780, 643, heads=12, kv_heads=4, head_dim=dim, lengths=lengths,
                 features=features)  # fmt: skip
     problem = case.draw(dim, BF16, "cuda")
@@ -335,9 +342,10 @@ def test_gradients_of_groups_in_one_part(dim: int, deterministic: bool) -> None:
 
 @pytest.mark.parametrize(
     "features",
-    [{"causal": True}, {"window_size": (60, 10)}, {"causal": True, "softcap": 5.0}],
+    [{"causal": True}, {"window_size": (60, 10)}, {"causal": True, "softcap": 5.0},
+     {"causal": True, "attention_chunk": 100}],
     ids=str,
-)
+)  # fmt: skip
 def test_tiles_of_192_rows(features: dict[str, Any]) -> None:
     """Of three warpgroups at head dim 64, on both sides of their rows' edges; 2,050 keys have
     blocks of 128, the others of 64."""
@@ -350,7 +358,7 @@ def test_tiles_of_192_rows(features: dict[str, Any]) -> None:
 
 PACKED: list[dict[str, Any]] = [
     {}, {"causal": True}, {"window_size": (40, 10)}, {"window_size": (9, -1)},
-    {"causal": True, "softcap": 5.0},
+    {"causal": True, "softcap": 5.0}, {"causal": True, "attention_chunk": 30},
 ]  # fmt: skip
 
 

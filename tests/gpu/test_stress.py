@@ -39,12 +39,13 @@ LENGTHS = st.one_of(
 
 @st.composite
 def cases(draw: Any) -> Case:
-    """Dense or packed, any band."""
+    """Dense or packed, any band and chunk."""
     group, kv_heads = draw(st.sampled_from((1, 2, 3, 8))), draw(st.integers(1, 4))
     variant = dict(draw(st.sampled_from(VARIANTS)))
     sides = st.sampled_from((-1, 0, 1, 17, 64, 130, 1000))
     features = dict(variant.pop("features", {}))
-    features |= {"causal": draw(st.booleans()), "window_size": (draw(sides), draw(sides))}
+    features |= {"causal": draw(st.booleans()), "window_size": (draw(sides), draw(sides)),
+                 "attention_chunk": draw(st.sampled_from((0, 0, 1, 64, 130, 1000)))}  # fmt: skip
     sizes: dict[str, Any] = {"batch": draw(st.integers(1, 4))}
     if draw(st.booleans()):
         pairs = draw(st.lists(st.tuples(LENGTHS, LENGTHS), min_size=1, max_size=6))
