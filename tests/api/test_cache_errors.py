@@ -144,6 +144,7 @@ VALUES: list[tuple[dict[str, Any], str]] = [
         "prefix K has shape (5, 1, 16); it must be (any, 2, 16)",
     ),
     (given(prefix=PREFIX, window_size=(4, 0)), "window_size left is 4 and prefix is given"),
+    (given(prefix=PREFIX, attention_chunk=4), "attention_chunk is 4 and prefix is given"),
     (given(prefix=PREFIX, alibi_slopes=torch.ones(4)), "alibi_slopes and prefix are given"),
     (
         given(k=None, v=None, prefix=(PREFIX[0].clone().requires_grad_(), PREFIX[1])),

@@ -132,6 +132,11 @@ def _check_prefix(call: Call, new: NewTokens) -> None:
             f"window_size left is {call.variant.window_left} and prefix is given; "
             "a prefix is seen whole"
         )
+    if call.variant.attention_chunk > 0:
+        raise ValueError(
+            f"attention_chunk is {call.variant.attention_chunk} and prefix is given; "
+            "a prefix is seen whole"
+        )
     if call.operands.alibi_slopes is not None:
         raise ValueError("alibi_slopes and prefix are given; a prefix has no positions")
     _refuse_gradients(call, new, "a prefix")

@@ -65,10 +65,9 @@ def _attend(call: Call, plan: Planner) -> tuple[Tensor, Tensor]:
 
 def _over_prefix(call: Call, k: Tensor, v: Tensor) -> Call:
     """All queries of all sequences as one sequence, over a prefix that comes before what they see
-    of the cache: neither causality, a window to the right nor a chunk reaches it."""
+    of the cache: neither causality nor a window to the right reaches it."""
     q, cu_seqlens = call.operands.q, call.sequences.cu_seqlens_q
-    variant = call.variant._replace(window_left=UNBOUNDED, window_right=UNBOUNDED,
-                                    attention_chunk=0, latent=False)  # fmt: skip
+    variant = call.variant._replace(window_left=UNBOUNDED, window_right=UNBOUNDED, latent=False)
     planned = not (variant.num_splits or variant.split_size)
     if planned and MOST_ROWS < q.numel() // (q.shape[-1] * k.shape[-2]) <= SPLIT_ROWS:
         variant = variant._replace(num_splits=min(PARTS, k.shape[0] // PART))
