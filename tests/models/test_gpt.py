@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -112,6 +113,16 @@ def test_no_token_sees_a_later_one() -> None:
 
     torch.testing.assert_close(before[:, :15], after[:, :15])
     assert (before[:, 15:] != after[:, 15:]).any(-1).all()
+
+
+def test_a_temperature_may_be_a_number_of_numpy() -> None:
+    model, prompt = _model(), _tokens(4)
+    written = [
+        model.generate(prompt, 5, temperature, torch.Generator().manual_seed(1))
+        for temperature in (0.5, np.float32(0.5))
+    ]
+
+    assert torch.equal(*written)
 
 
 def test_generates_beyond_its_context() -> None:

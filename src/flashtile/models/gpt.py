@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from numbers import Real
 from typing import NamedTuple
 
 import torch
@@ -193,9 +194,7 @@ def check_size(name: str, size: object) -> None:
 
 
 def check_temperature(temperature: float) -> None:
-    if not (
-        isinstance(temperature, int | float) and math.isfinite(temperature) and temperature >= 0.0
-    ):
+    if not (isinstance(temperature, Real) and math.isfinite(temperature) and temperature >= 0.0):
         raise ValueError(f"temperature is {temperature}; it must be finite and at least 0")
 
 
