@@ -323,7 +323,7 @@ def test_deterministic_gradients_of_masks_given_as_tensors(dim: int, kind: str) 
     case = Case("order", 780, 643, heads=12, kv_heads=4, head_dim=dim, lengths=lengths,
                 features=features)  # fmt: skip
     problem = case.draw(dim, BF16, "cuda")
-    problem.keywords |= {**_listed_masks(kind, lengths), "deterministic": True}
+    problem.keywords.update(_listed_masks(kind, lengths), deterministic=True)
     with poisoned_allocations():
         expected = assert_matches_reference(problem)
     for _ in range(10):
