@@ -167,11 +167,16 @@ def _given(new: cache.NewTokens) -> tuple[bool, ...]:
 
 def _classify(*args: Any) -> Tensor:
     """Codes of the tiles of the mask tensors; all "partly visible" where a backend has no use."""
-    call = Call.unflatten(args)
-    if _plan(call).backend == "torch":
-        return torch.ones(mask_grid(call), dtype=torch.uint8, device=call.operands.q.device)
-    with _device_of(call.operands.q):
-        return importlib.import_module("flashtile.backends.blocklists").classify(call)
+    form, tensors = Form.of(args)
+
+    def compute(tensors: Sequence[Tensor]) -> tuple[Tensor]:
+        call = Call.unflatten(tuple(form.flat(tensors)))
+        if _plan(call).backend == "torch":
+            q = call.operands.q
+            return (torch.ones(mask_grid(call), dtype=torch.uint8, device=q.device),)
+        return (_backend("blocklists").classify(call),)
+
+    return _run(("classify", plan, form), tensors, compute)[0]
 
 
 def _fake_forward(*args: Any) -> tuple[Tensor, Tensor]:

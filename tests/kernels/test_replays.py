@@ -25,7 +25,7 @@ from triton.backends.nvidia import driver as nvidia
 import flashtile
 from flashtile import config, flash_attn_func, flash_attn_varlen_func, ops
 from flashtile.api import warm
-from flashtile.backends import driver, launch, packed, replays, triton
+from flashtile.backends import blocklists, driver, launch, packed, replays, triton
 from flashtile.testing import Case, assert_matches_reference
 from flashtile.testing.cases import Problem
 from flashtile.testing.interpreter import interpreted
@@ -70,6 +70,23 @@ def test_later_calls_are_replayed(case: Case, monkeypatch: pytest.MonkeyPatch) -
         for seed in (1, 2):
             assert_matches_reference(_same_shapes(case, seed), f"replay {seed}")
         assert len(replays._replays) == kept
+
+
+@pytest.mark.parametrize("tensor", ["attn_mask", "document_ids"])
+@pytest.mark.parametrize("lengths", [(), ((17, 17), (9, 9))], ids=bool)
+def test_masks_given_as_tensors_are_replayed(
+    tensor: str, lengths: tuple[tuple[int, int], ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their classification, lists, forward and gradients; each with its own mask."""
+    case = Case("masked", 40, 40, head_dim=8, lengths=lengths, tensors=(tensor,))
+    with interpreted(list_block=32, capacity=64):
+        assert_matches_reference(case.draw(1), "first")
+        assert None not in replays._replays.values()
+        monkeypatch.setattr(launch, "run", _refuse)
+        for module in (triton, blocklists):
+            monkeypatch.setattr(module, "run", _refuse)
+        for seed in (2, 3):
+            assert_matches_reference(case.draw(seed), f"replay {seed}")
 
 
 def test_gradients_of_pages_are_not_replayed() -> None:

@@ -31,7 +31,7 @@ class _Shape(NamedTuple):
 def classify(call: Call) -> Tensor:
     """Codes of the tiles of a call's mask tensors: `mask_grid(call)`, uint8."""
     shape = _Shape(*mask_grid(call))
-    codes = torch.empty(shape, dtype=torch.uint8, device=call.operands.q.device)
+    codes = empty(shape, call.operands.q, torch.uint8)
     run(Launch(
         kernels.classify_blocks, codes.numel(),
         (_grid(codes), operands.query_sequences(call), operands.key_sequences(call),

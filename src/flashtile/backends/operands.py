@@ -209,13 +209,13 @@ def tensor_masks(call: Call, classifying: bool = False) -> tuple[masks.Mask, ...
     operands, found = call.operands, []
     if operands.document_ids_q is not None and operands.document_ids_k is not None:
         ids = tuple(
-            masks.IdsView(x.contiguous(), opaque(x.shape[1] if x.dim() == 2 else 0))
+            masks.IdsView(make(Tensor.contiguous, x), opaque(x.shape[1] if x.dim() == 2 else 0))
             for x in (operands.document_ids_q, operands.document_ids_k)
         )
         found.append(masks.Mask(masks.same_document, ids, tile=masks.same_document_tile))
     mask = operands.attn_mask
     if mask is not None and not mask.is_floating_point():
-        view = matrix_view(mask)._replace(ptr=mask.view(torch.uint8))
+        view = matrix_view(mask)._replace(ptr=make(as_bytes, mask))
         found.append(masks.Mask(masks.mask_tensor, (view,), tile=masks.mask_tensor_tile))
     elif mask is not None and classifying:
         view = matrix_view(mask)
