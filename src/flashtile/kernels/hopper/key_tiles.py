@@ -83,15 +83,13 @@ def tiles_before(row, tile, q_seq, k_seq, masks, work, TILE: gl.constexpr):
     q_span, k_span = open_sequence(q_seq, tile.batch), open_sequence(k_seq, tile.batch)
     seen = key_range(masks, row, row + (TILE.block_m - 1), q_span, k_span)
     own, first = tile.key // TILE.block_n, seen.lo // TILE.block_n
-    if TILE.chains > 1:
-        return (own - first) // TILE.chains
-    elif TILE.adds == "in order":
+    if TILE.adds == "in order" and TILE.chains == 1:
         chunk = pinned(work.chunk)
         begin = own & -chunk
         end = gl.minimum(begin + chunk, gl.cdiv(seen.hi, TILE.block_n))
         return gl.maximum(begin - first, 0) + end - 1 - own
     else:
-        return own - first
+        return (own - first) // TILE.chains
 
 
 @gluon.jit
