@@ -124,12 +124,12 @@ def backward_tile(problem: AttentionProblem, deterministic: bool = False) -> Hop
         tile = replace(tile, parts=_parts(problem), **_schedule(problem, padded))
     if deterministic:
         pads = bool(problem.features & LISTED) and tile.block_m < MASK_BLOCK
-        chains = _chains(problem)
+        chains = _chains(problem, tile)
         tile = replace(tile, adds="in order", persistent=False, chains=chains, pads=pads)
     return tile
 
 
-def _chains(problem: AttentionProblem) -> int:
+def _chains(problem: AttentionProblem, tile: HopperBackwardTile) -> int:
     """Sums of a block's dQ where it is added in order. Of three, tile t adds to sum t % 3, behind
     tile t - 3 instead of tile t - 1.
 
@@ -139,9 +139,9 @@ def _chains(problem: AttentionProblem) -> int:
     Elsewhere L2 costs more: full attention 1.02 to 1.05, windows 1.27, smaller head dims 0.96 to
     1.07.
     """
+    if problem.features & LISTED:  # one of each tile that shares a list's count
+        return MASK_BLOCK // tile.block_n
     causal = problem.window_right >= 0 and not problem.windowed
-    if problem.features & LISTED:  # two tiles of 64 keys share a list's count
-        return 2 if problem.head_dim > DIMS[1] else 1
     if problem.head_dim <= 192 or not causal or problem.group > 4:
         return 1
     return 3 if problem.group == 1 else 2

@@ -229,6 +229,7 @@ def _work(call: Call, tile: HopperBackwardTile, parts: int) -> KeyWork:
     q, k = call.operands[:2]
     blocks = triton.query_grid(call, tile.block_m) // q.shape[-2]
     pairs, together = k.shape[-2] * parts, 1
+    group = q.shape[-2] // pairs
     tiles, chunk = tiles_of_a_head(call, tile), 1
     if not call.varlen:
         blocks //= call.batch
@@ -239,11 +240,10 @@ def _work(call: Call, tile: HopperBackwardTile, parts: int) -> KeyWork:
         if call.banded:
             together = min(pairs, heads_together(tiles))
         if tile.adds == "in order":
-            queries = blocks * tile.block_m * q.shape[-2] // (k.shape[-2] * parts)
-            group = q.shape[-2] // (k.shape[-2] * parts)
+            queries = blocks * tile.block_m * group
             together = min(pairs, together_in_order(call, tile, queries, group, together))
             chunk = chunk_in_order(call, tile, tiles * pairs)
-    heads = Heads(opaque(q.shape[-2]), opaque(q.shape[-2] // (k.shape[-2] * parts)))
+    heads = Heads(opaque(q.shape[-2]), opaque(group))
     return KeyWork(
         opaque(tiles), opaque(blocks), opaque(pairs), opaque(together), opaque(chunk), heads,
         opaque(parts),
@@ -285,5 +285,6 @@ def chunk_in_order(call: Call, tile: HopperBackwardTile, tiles: int) -> int:
     (head dim 64, 1k, simulated, without and with: 128 tiles 1.14 and 1.34 of the time in any order,
     512 1.53 and 1.31)."""
     causal = call.banded and not call.windowed
-    causal = causal and call.operands.mask_blocks is None  # whose tiles are counted as they lie
-    return CHUNK_IN_ORDER if causal and not tile.wide and tiles >= 2 * TILES_TOGETHER else 1
+    listed = call.operands.mask_blocks is not None  # their tiles are counted as they lie
+    many = tiles >= 2 * TILES_TOGETHER
+    return CHUNK_IN_ORDER if causal and many and not (listed or tile.wide) else 1
