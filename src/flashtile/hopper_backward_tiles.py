@@ -171,7 +171,7 @@ def _schedule(problem: AttentionProblem, padded: int) -> dict[str, Any]:
     64, 0.566 / 0.593 at 128; with skips that ask in each step 0.808 and 0.572.
     """
     dense = problem.layout == "dense"
-    if problem.features & LISTED or not (problem.windowed or problem.window_right >= 0):
+    if problem.features & LISTED or not problem.banded:
         return {"lags": True}
     if _short(problem):
         return {"skips": True, "adds": "after the first"}

@@ -74,6 +74,16 @@ class Variant(NamedTuple):
     latent: bool = False  # v is the first dims of k, in the same memory
 
 
+def is_banded(x: Variant | AttentionProblem) -> bool:
+    """Whether causality, a window or a chunk bounds the keys that a query sees."""
+    return x.window_right != UNBOUNDED or is_windowed(x)
+
+
+def is_windowed(x: Variant | AttentionProblem) -> bool:
+    """Whether a query sees no keys that are long before it."""
+    return x.window_left != UNBOUNDED or x.attention_chunk > 0
+
+
 class Call(NamedTuple):
     """One attention call in normal form."""
 
@@ -115,13 +125,13 @@ class Call(NamedTuple):
 
     @property
     def banded(self) -> bool:
-        """Whether causality, a window or a chunk bounds the keys that a query sees."""
-        return self.variant.window_right != UNBOUNDED or self.windowed
+        """`is_banded`."""
+        return is_banded(self.variant)
 
     @property
     def windowed(self) -> bool:
-        """Whether a query sees no keys that are long before it."""
-        return self.variant.window_left != UNBOUNDED or self.variant.attention_chunk > 0
+        """`is_windowed`."""
+        return is_windowed(self.variant)
 
     @property
     def ragged(self) -> bool:
@@ -231,9 +241,14 @@ class AttentionProblem:
         return self.window_right == 0
 
     @property
+    def banded(self) -> bool:
+        """`is_banded`."""
+        return is_banded(self)
+
+    @property
     def windowed(self) -> bool:
-        """`Call.windowed`."""
-        return self.window_left != UNBOUNDED or self.attention_chunk > 0
+        """`is_windowed`."""
+        return is_windowed(self)
 
     @property
     def kind(self) -> str:
@@ -246,7 +261,7 @@ class AttentionProblem:
             return masked + "dropout"
         if elementwise:
             return masked + "scores" if elementwise & COMPUTED else ""
-        return "banded" if self.window_right != UNBOUNDED or self.windowed else ""
+        return "banded" if self.banded else ""
 
     @property
     def group(self) -> int:
