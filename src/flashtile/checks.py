@@ -273,16 +273,14 @@ def _check_scalars(call: Call) -> None:
         raise ValueError(f"softcap is {variant.softcap}; it must be finite and at least 0 (0: off)")
     if not -math.inf < variant.softmax_scale < math.inf:
         raise ValueError(f"softmax_scale is {variant.softmax_scale}; it must be finite")
-    for name, count in (("num_splits", variant.num_splits), ("split_size", variant.split_size)):
+    for name, zero in (
+        ("num_splits", "planned"), ("split_size", "planned"), ("attention_chunk", "off")
+    ):  # fmt: skip
+        count = getattr(variant, name)
         if not isinstance(count, int | torch.SymInt):
             raise TypeError(f"{name} is a {type(count).__name__}; it must be an int")
         if count < 0:
-            raise ValueError(f"{name} is {count}; it must be at least 0 (0: planned)")
-    chunk = variant.attention_chunk
-    if not isinstance(chunk, int | torch.SymInt):
-        raise TypeError(f"attention_chunk is a {type(chunk).__name__}; it must be an int")
-    if chunk < 0:
-        raise ValueError(f"attention_chunk is {chunk}; it must be at least 0 (0: off)")
+            raise ValueError(f"{name} is {count}; it must be at least 0 (0: {zero})")
     for side, size in (("left", variant.window_left), ("right", variant.window_right)):
         if size < UNBOUNDED:
             raise ValueError(
