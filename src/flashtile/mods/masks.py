@@ -34,7 +34,7 @@ class Band(NamedTuple):
         lo = 0 if self.left == UNBOUNDED else max(0, first - self.left)
         hi = tile.seqlen_k if self.right == UNBOUNDED else last + self.right + 1
         if self.chunk:
-            lo, hi = max(lo, first - first % self.chunk), min(hi, self._end(last))
+            lo, hi = max(lo, self._start(first)), min(hi, self._end(last))
         return min(lo, tile.seqlen_k), max(0, min(hi, tile.seqlen_k))
 
     def query_range(self, tile: Tile) -> tuple[int, int]:
@@ -43,20 +43,23 @@ class Band(NamedTuple):
         lo = 0 if self.right == UNBOUNDED else max(0, first - self.right)
         hi = tile.seqlen_q if self.left == UNBOUNDED else last + self.left + 1
         if self.chunk:
-            lo = max(lo, tile.col - tile.col % self.chunk - tile.offset)
+            lo = max(lo, self._start(tile.col) - tile.offset)
             hi = min(hi, self._end(tile.col + tile.cols - 1) - tile.offset)
         return min(lo, tile.seqlen_q), max(0, min(hi, tile.seqlen_q))
 
+    def _start(self, position: int) -> int:
+        """Where the chunk of a position begins."""
+        return position - position % self.chunk
+
     def _end(self, position: int) -> int:
-        """Where the chunk of a position ends."""
-        return position - position % self.chunk + self.chunk
+        return self._start(position) + self.chunk
 
     def _full(self, tile: Tile) -> bool:
         first, last = tile.row + tile.offset, tile.row + tile.rows - 1 + tile.offset
         left_ok = self.left == UNBOUNDED or tile.col >= last - self.left
         right_ok = self.right == UNBOUNDED or tile.col + tile.cols - 1 <= first + self.right
         if self.chunk:
-            left_ok = left_ok and tile.col >= self._end(last) - self.chunk
+            left_ok = left_ok and tile.col >= self._start(last)
             right_ok = right_ok and tile.col + tile.cols <= self._end(first)
         return left_ok and right_ok
 
