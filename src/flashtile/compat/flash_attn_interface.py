@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 import flashtile
+from flashtile import flash_attn_combine
 from flashtile.api.call import attend, normalise
 from flashtile.compat.flash_attn.extension import gradients, window
 from flashtile.compat.flash_attn.private import maybe_contiguous
@@ -140,16 +141,6 @@ def flash_attn_varlen_func(
         attention_chunk=attention_chunk,
         seqused_q=seqused_q, seqused_k=seqused_k, k_descale=k_descale, v_descale=v_descale,
     )  # fmt: skip
-
-
-def flash_attn_combine(
-    out_partial: Tensor,
-    lse_partial: Tensor,
-    out: Tensor | None = None,
-    out_dtype: torch.dtype | None = None,
-) -> tuple[Tensor, Tensor]:
-    """`flashtile.flash_attn_combine`."""
-    return flashtile.flash_attn_combine(out_partial, lse_partial, out, out_dtype)
 
 
 def flash_attn_with_kvcache(
