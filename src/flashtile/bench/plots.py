@@ -73,7 +73,7 @@ def _draw_rates(axes: Axes, rows: list[Row]) -> None:
             ours = name == "flashtile"
             width: dict[str, Any] = {"linewidth": 2.6 if ours else 1.6, "zorder": 3 if ours else 2}
             axes.plot(*zip(*points, strict=True), "o-", color=color, label=label, **width)
-    scale_tokens(axes, sorted({row["seqlen"] for row in rows}))
+    scale_tokens(axes, [row["seqlen"] for row in rows])
     axes.set_ylim(bottom=0)
 
 
@@ -115,7 +115,7 @@ def draw_memory(document: Document) -> Figure:
             axes.plot(*zip(*points, strict=True), "o-", color=color, label=label)
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
-    scale_tokens(axes, sorted({row["seqlen"] for row in rows}))
+    scale_tokens(axes, [row["seqlen"] for row in rows])
     axes.legend(frameon=False)
     _caption(figure, document, "causal")
     return figure

@@ -68,7 +68,7 @@ def style_axes(axes: Axes) -> None:
 def scale_tokens(axes: Axes, seqlens: list[int]) -> None:
     """Sequence lengths on a logarithmic x axis, 1k for 1,024."""
     axes.set_xscale("log", base=2)
-    axes.set_xticks(seqlens)
+    axes.set_xticks(sorted(set(seqlens)))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(
         FuncFormatter(lambda x, _: f"{x:.0f}" if x < 1024 else f"{x / 1024:.0f}k")
