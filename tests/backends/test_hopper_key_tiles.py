@@ -68,7 +68,7 @@ def _on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
                          (walk, "block_start")):  # fmt: skip
         monkeypatch.setattr(module, name, getattr(schedule, name).fn)
     monkeypatch.setattr(query_lists, "listed_place", walk.listed_place.fn)
-    for name in ("block_of", "sums_of"):
+    for name in ("block_of", "row_of", "sums_of", "tiles_before"):
         monkeypatch.setattr(query_lists, name, getattr(key_tiles, name))
     monkeypatch.setattr(query_lists, "LIST_BLOCK", schedule.LIST_BLOCK.value)
     monkeypatch.setattr(query_lists, "pinned", lambda n: torch.tensor(_number(n)))
@@ -178,31 +178,36 @@ def _device_arguments(call: Call, tile: HopperBackwardTile, parts: int) -> tuple
 
 
 def _steps(
-    call: Call, tile: HopperBackwardTile, parts: int = 1, chunk: int = 1
-) -> list[list[Step]]:
+    call: Call, tile: HopperBackwardTile, parts: int = 1, chunk: int = 1,
+    lists: schedule.BlockList | None = None,
+) -> list[list[Step]]:  # fmt: skip
     """What each tile adds, tile by tile as the launch counts them."""
     launch = _launch(call, tile, parts)
-    variant = launch.arguments[-4]
+    seen = () if lists is not None else launch.arguments[-4].masks
     q_seq, k_seq, work = _device_arguments(call, tile, parts)
     work = work._replace(chunk=opaque(chunk))
     found = []
     assert launch.grid in (1, _number(work.key_tiles) * _number(work.pairs))
     for number in range(_number(work.key_tiles) * _number(work.pairs)):
-        keys = key_tiles.find_keys(work, torch.tensor(number), q_seq, k_seq, variant.masks, None,
-                                   tile)  # fmt: skip
+        keys = key_tiles.find_keys(work, torch.tensor(number), q_seq, k_seq, seen, lists, tile)
+        if keys.key < 0:  # nobody's slot
+            found.append([])
+            continue
         steps: list[Step] = []
         walk = key_tiles.start_walk(keys, work, tile)
         base = key_tiles.first_block(work, q_seq, keys.batch, tile)
-        there = int(keys.blocks) * _number(work.heads.group) if keys.key >= 0 else 0
-        for _ in range(there):
-            row = key_tiles.row_of(keys, walk, tile)
-            block = key_tiles.block_of(row, walk, base, work, tile)
-            before = key_tiles.tiles_before(row, keys, q_seq, k_seq, variant.masks, work, tile)
+        there = int(keys.blocks) * _number(work.heads.group)
+        span = _open_sequence(q_seq, keys.batch)
+        way = None if lists is None else query_lists.open_list(lists, keys, work, k_seq, tile)
+        for _ in range(there + (lists is not None)):  # a list's writer looks one block further
+            sums, before = query_lists.find_sums(keys, walk, way, base, span, q_seq, k_seq, seen,
+                                                 lists, work, tile)  # fmt: skip
+            place = int(query_lists.place_of(lists, way, keys, walk, span, tile))
+            row = place if lists is None else place & -2
             where = (int(keys.batch), int(keys.kv_head) // parts, int(keys.key))
-            sums = key_tiles.sums_of(block, keys, tile)
-            steps.append(Step(where, int(walk.head), int(row), int(sums), int(before)))
+            steps.append(Step(where, int(walk.head), row, int(sums), int(before)))
             walk = key_tiles.go_on(walk, keys, work, tile)
-        found.append(steps)
+        found.append([x for x in steps[:there] if x.before >= 0])  # others add to nothing
     return found
 
 
@@ -449,7 +454,7 @@ def test_listed_blocks_are_added_to_in_the_order_of_tiles(
         codes[batch, :, -(-queries // 128) :] = 0
         codes[batch, :, :, -(-keys // 128) :] = 0
     lists = _ordered_list(codes)
-    tiles, found = _listed_steps(call, tile, parts, lists), set()
+    tiles, found = _steps(call, tile, parts, lists=lists), set()
     locks = Counter[int]()
     for steps in tiles:
         for step in steps:
@@ -469,33 +474,6 @@ def test_listed_blocks_are_added_to_in_the_order_of_tiles(
             assert ((batch, head, key, row) in found) == bool(seen)
     for ctas in (1, 3, len(tiles)):
         _work_through(tiles, ctas, True)
-
-
-def _listed_steps(
-    call: Call, tile: HopperBackwardTile, parts: int, lists: schedule.BlockList
-) -> list[list[Step]]:
-    """As `_steps`, but for those that add to nothing."""
-    q_seq, k_seq, work = _device_arguments(call, tile, parts)
-    found = []
-    for number in range(_number(work.key_tiles) * _number(work.pairs)):
-        keys = key_tiles.find_keys(work, torch.tensor(number), q_seq, k_seq, (), lists, tile)
-        steps: list[Step] = []
-        if keys.key < 0:  # nobody's slot
-            continue
-        walk = key_tiles.start_walk(keys, work, tile)
-        base = key_tiles.first_block(work, q_seq, keys.batch, tile)
-        there = int(keys.blocks) * _number(work.heads.group)
-        span = _open_sequence(q_seq, keys.batch)
-        way = query_lists.open_list(lists, keys, work, k_seq, tile)
-        for _ in range(there + 1):  # the writer looks one block further
-            sums, before = query_lists.find_sums(keys, walk, way, base, span, q_seq, k_seq, (),
-                                                 lists, work, tile)  # fmt: skip
-            place = int(query_lists.place_of(lists, way, keys, walk, span, tile))
-            where = (int(keys.batch), int(keys.kv_head) // parts, int(keys.key))
-            steps.append(Step(where, int(walk.head), place & -2, int(sums), int(before)))
-            walk = key_tiles.go_on(walk, keys, work, tile)
-        found.append([x for x in steps[:there] if x.before >= 0])
-    return found
 
 
 def _duration(tiles: list[list[Step]], ctas: int, ordered: bool) -> float:
