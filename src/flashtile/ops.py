@@ -21,7 +21,7 @@ from flashtile.backends import cache, cached, replays
 from flashtile.form import POSITIONS, Form
 from flashtile.observers import unseen
 from flashtile.plan import Device, Plan, plan
-from flashtile.problem import E4M3, UNBOUNDED, Call, describe, mask_grid
+from flashtile.problem import E4M3, Call, describe, mask_grid
 
 _CALL = (
     "Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? attn_mask, Tensor? alibi_slopes, "
@@ -376,9 +376,7 @@ def with_mask_blocks(call: Call) -> Call:
     operands = call.operands
     if operands.attn_mask is None and operands.document_ids_q is None:
         return call
-    longest = (call.sequences.max_seqlen_q, call.sequences.max_seqlen_k)
-    unknown = call.varlen and call.batch > 1 and UNBOUNDED in longest
-    if unknown or not classifies(operands.q.device.type):
+    if not call.bounded or not classifies(operands.q.device.type):
         return call
     codes = torch.ops.flashtile.classify.default(*call.flat())
     return call._replace(operands=operands._replace(mask_blocks=codes))

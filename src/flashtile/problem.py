@@ -139,6 +139,13 @@ class Call(NamedTuple):
         return any(x is not None for x in self.sequences[:7])
 
     @property
+    def bounded(self) -> bool:
+        """Whether the longest sequence is known, as far as there are several in one tensor: a grid
+        of each one's tiles would be quadratic in the tokens of all."""
+        longest = self.sequences.max_seqlen_q, self.sequences.max_seqlen_k
+        return not self.varlen or self.batch == 1 or UNBOUNDED not in longest
+
+    @property
     def quantized(self) -> bool:
         """Whether k and v are e4m3, times scales."""
         return self.operands.k.dtype == E4M3
