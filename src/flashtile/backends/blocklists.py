@@ -1,4 +1,5 @@
-"""Block lists of masks given as tensors: classified once a call, listed for each direction."""
+"""Block lists of masks given as tensors: classified once a call, listed for each direction. Of a
+user's ranges where tiles add in order."""
 
 from __future__ import annotations
 
@@ -13,6 +14,7 @@ from flashtile.backends.replays import empty
 from flashtile.kernels import blocks as kernels
 from flashtile.kernels.numbers import opaque
 from flashtile.kernels.schedule import BlockList
+from flashtile.mods.functions import mask_function
 from flashtile.problem import Call, mask_grid
 
 CHUNK_CODES = 256
@@ -34,7 +36,7 @@ def classify(call: Call) -> Tensor:
     codes = empty(shape, call.operands.q, torch.uint8)
     run(Launch(
         kernels.classify_blocks, codes.numel(),
-        (_grid(codes), operands.query_sequences(call), operands.key_sequences(call),
+        (_grid(codes, shape), operands.query_sequences(call), operands.key_sequences(call),
          operands.tensor_masks(call, classifying=True)),
         num_warps=8,
     ))  # fmt: skip
@@ -48,28 +50,33 @@ def by_queries(call: Call) -> BlockList | None:
 
 def by_keys(call: Call, in_order: bool = False) -> BlockList | None:
     """For each tile of keys the blocks of queries that see it; in_order: with how many tiles before
-    it each of them sees."""
+    it each of them sees, and where a user's function has a range of queries, too."""
     return _lists(call, transposed=True, in_order=in_order)
 
 
-def _grid(codes: Tensor) -> kernels.CodeGrid:
-    return kernels.CodeGrid(codes, *(opaque(n) for n in codes.shape))
+def _grid(codes: Tensor | None, shape: _Shape) -> kernels.CodeGrid:
+    return kernels.CodeGrid(codes, *map(opaque, shape))
+
+
+def _bounds_queries(call: Call) -> bool:
+    own = mask_function(call)
+    return own is not None and own.queries is not None
 
 
 def _lists(call: Call, transposed: bool, in_order: bool = False) -> BlockList | None:
-    codes = call.operands.mask_blocks
-    if codes is None:
+    q, codes = call.operands.q, call.operands.mask_blocks
+    if codes is None and not (in_order and _bounds_queries(call)):
         return None
-    shape = _Shape(*codes.shape)
+    shape = _Shape(*(mask_grid(call) if codes is None else codes.shape))
     own, other = shape.q_tiles, shape.k_tiles
     if transposed:
         own, other = other, own
-    entries = empty((shape.batches, shape.heads, own, other), codes, torch.int32)
-    counts = empty((shape.batches, shape.heads, own, 4), codes, torch.int32)
-    listed = empty(entries.shape, codes, torch.int32) if in_order else None
+    entries = empty((shape.batches, shape.heads, own, other), q, torch.int32)
+    counts = empty((shape.batches, shape.heads, own, 4), q, torch.int32)
+    listed = empty(entries.shape, q, torch.int32) if in_order else None
     run(Launch(
         kernels.list_blocks, shape.batches * shape.heads * own,
-        (_grid(codes), entries, counts, listed, operands.query_sequences(call),
+        (_grid(codes, shape), entries, counts, listed, operands.query_sequences(call),
          operands.key_sequences(call), operands.band(call) + operands.mask_functions(call),
          opaque(shape.heads), transposed, CHUNK_CODES),
     ))  # fmt: skip

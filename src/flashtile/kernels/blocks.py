@@ -2,8 +2,8 @@
 
 `classify_blocks` reads a mask once and leaves one code a tile of 128 x 128: hidden, partly visible
 or fully. `list_blocks` turns a row of codes (a column, for dK and dV) and the ranges of
-the other masks into the list of blocks that a mainloop walks (FlexAttention's BlockMask, Dong et
-al. 2024, section 3).
+the other masks, or ranges alone, into the list of blocks that a mainloop walks (FlexAttention's
+BlockMask, Dong et al. 2024, section 3).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ FULL = tl.constexpr(2)
 class CodeGrid(NamedTuple):
     """Codes (batches, heads, q_tiles, k_tiles) uint8, contiguous; all but ptr opaque."""
 
-    ptr: Any
+    ptr: Any  # None: full as far as there are keys
     batches: Any  # 1 or batch
     heads: Any  # 1 or heads
     q_tiles: Any
@@ -81,8 +81,13 @@ def list_blocks(codes, entries, counts, listed, q_seq, k_seq, ranges, heads,
     line = entries + row.to(tl.int64) * other
     for start in range(0, other, CHUNK):
         j = start + tl.arange(0, CHUNK)
-        at = j * k_tiles + tile if TRANSPOSED else tile * k_tiles + j
-        code = tl.load(codes.ptr + plane + at, mask=j < other, other=0).to(tl.int32)
+        if codes.ptr is None:
+            tl.static_assert(TRANSPOSED)
+            whole = tl.where(first + BLOCK <= k_span.length, FULL, PARTIAL)
+            code = tl.where(j < other, whole, HIDDEN)
+        else:
+            at = j * k_tiles + tile if TRANSPOSED else tile * k_tiles + j
+            code = tl.load(codes.ptr + plane + at, mask=j < other, other=0).to(tl.int32)
         seen = (code != HIDDEN) & (j * BLOCK < r.hi) & ((j + 1) * BLOCK > r.lo)
         inside = (j * BLOCK >= r.full_lo) & ((j + 1) * BLOCK <= r.full_hi)
         is_full = (seen & inside & (code == FULL)).to(tl.int32)
