@@ -32,10 +32,10 @@ bytes in four parts. One alone gains (H200, 16k tokens, portable / these, ms): s
 LISTED = frozenset({"attn_mask", "document_ids"})
 """Masks that lists of blocks come of."""
 
-UNORDERED = LISTED | {"mask_mod"}
-"""Masks whose blocks are not those of a band. Lists are counted where all tiles add in order. Of a
-user's `keys` and `queries` each is a bound of its own, or not given, and what waits for the tiles
-of one may wait for a tile that the other skips.
+COUNTED = LISTED | {"mask_mod"}
+"""Masks whose blocks are not those of a band: where tiles add in order they are counted from lists.
+A user's `keys` and `queries` are bounds that need not agree, and what waits for the tiles of one
+could wait for a tile that the other skips.
 """
 
 
@@ -99,8 +99,8 @@ def cannot_backward(problem: AttentionProblem, deterministic: bool = False) -> s
         reason = f"does not do {missing[0]} yet"
     elif added := sorted(problem.features & ADDED):
         reason = f"has no registers for a {added[0]}"
-    elif deterministic and "mask_mod" in problem.features:
-        reason = "does not add dQ in order under a mask_mod"
+    elif deterministic and "unbounded_mask_mod" in problem.features:
+        reason = "adds dQ in order under a mask_mod where the longest sequences are known"
     elif problem.features >= {"dropout", "score_mod"}:
         reason = "does dropout only with slopes that are not below 0"
     elif head_dim <= DIMS[0] and len(crowded := sorted(problem.features & CROWDED)) > 1:
@@ -123,9 +123,11 @@ def backward_tile(problem: AttentionProblem, deterministic: bool = False) -> Hop
         tile = HopperBackwardTile(dim, dim_v, padded, padded, block_m, persistent=True)
         tile = replace(tile, parts=_parts(problem), **_schedule(problem, padded))
     if deterministic:
-        pads = bool(problem.features & LISTED) and tile.block_m < MASK_BLOCK
-        chains = _chains(problem, tile)
-        tile = replace(tile, adds="in order", persistent=False, chains=chains, pads=pads)
+        counted = bool(problem.features & COUNTED)
+        tile = replace(
+            tile, adds="in order", persistent=False, chains=_chains(problem, tile),
+            pads=counted and tile.block_m < MASK_BLOCK, skips=tile.skips and not counted,
+        )  # fmt: skip
     return tile
 
 
@@ -139,7 +141,7 @@ def _chains(problem: AttentionProblem, tile: HopperBackwardTile) -> int:
     Elsewhere L2 costs more: full attention 1.02 to 1.05, windows 1.27, smaller head dims 0.96 to
     1.07.
     """
-    if problem.features & LISTED:  # one of each tile that shares a list's count
+    if problem.features & COUNTED:  # one of each tile that shares a list's count
         return MASK_BLOCK // tile.block_n
     causal = problem.window_right >= 0 and not problem.windowed
     if problem.head_dim <= 192 or not causal or problem.group > 4:
@@ -180,7 +182,7 @@ def _schedule(problem: AttentionProblem, padded: int) -> dict[str, Any]:
     # tiles, and none where they take one: 16k 4.49 -> 5.01 ms.
     spills = dense and not narrow and "alibi_slopes" in problem.features
     gains = narrow or (problem.group == 1 and problem.seqlen_k <= longest)
-    if gains and not problem.windowed and not problem.features & UNORDERED:
+    if gains and not problem.windowed and not problem.features & COUNTED:
         return {
             "lags": True,
             "skips_last": not narrow,
@@ -195,4 +197,4 @@ def _schedule(problem: AttentionProblem, padded: int) -> dict[str, Any]:
 def _short(problem: AttentionProblem) -> bool:
     """Whether so few keys are seen that clearing counts, by a mask that a tile may wait under."""
     few = problem.layout == "dense" and problem.seqlen_k <= SHORT
-    return few and not problem.features & UNORDERED
+    return few and not problem.features & COUNTED

@@ -20,8 +20,10 @@ from flashtile.kernels import scores
 from flashtile.kernels.forward import Variant
 from flashtile.kernels.hopper import block
 from flashtile.kernels.numbers import opaque
+from flashtile.kernels.schedule import BlockList
 from flashtile.plan import Device, plan
 from flashtile.problem import AttentionProblem, describe
+from flashtile.testing.functions import remembering, striding
 
 LLAMA = AttentionProblem("cuda", "bfloat16", 1, 4096, 4096, 32, 8, 128, 128, -1, 0)
 SM_90 = Device("cuda", "sm_90", True)
@@ -83,13 +85,27 @@ def test_what_the_backward_leaves_to_the_portable_kernels() -> None:
             masked = replace(LLAMA, features=frozenset({feature}), **sizes)
             assert cannot_backward(masked) is None
             assert backward_tile(masked).adds == "in any order"
-            reason = cannot_backward(masked, deterministic=True)
-            if feature == "mask_mod":
-                assert "in order" in (reason or "")
-                continue
-            assert reason is None
+            assert cannot_backward(masked, deterministic=True) is None
             ordered = backward_tile(masked, deterministic=True)
-            assert (ordered.adds, ordered.pads) == ("in order", dim > 64)
+            assert (ordered.adds, ordered.pads, ordered.skips) == ("in order", dim > 64, False)
+            assert ordered.chains == 128 // ordered.block_n
+
+
+@pytest.mark.parametrize("longest", [{}, {"max_seqlen_q": 64}, {"max_seqlen_k": 64}], ids=str)
+def test_functions_of_packed_sequences_are_listed_where_the_longest_are_known(
+    longest: dict[str, int],
+) -> None:
+    """A list of unknown lengths would be quadratic in all tokens, and is only for an order."""
+    cu = torch.tensor([0, 30, 64], dtype=torch.int32)
+    given = {"mask_mod": remembering(), "cu_seqlens_q": cu, "cu_seqlens_k": cu, **longest}
+    x = _half(64, 2, 128)
+    problem = describe(normalise(x, x, x, **given))
+    assert cannot_backward(problem) is None
+    assert "longest sequences" in (cannot_backward(problem, deterministic=True) or "")
+    both = {"max_seqlen_q": 64, "max_seqlen_k": 64}
+    for known in ({**given, **both}, {**given, "cu_seqlens_q": cu[::2], "cu_seqlens_k": cu[::2]}):
+        problem = describe(normalise(x, x, x, **known))
+        assert cannot_backward(problem, deterministic=True) is None
 
 
 def test_tiles_fit_and_do_not_depend_on_lengths_alone() -> None:
@@ -180,10 +196,13 @@ def test_backward_tiles_of_a_launch() -> None:
      (256, 65536, 32, 2), (64, 64, 32, 32)],
 )  # fmt: skip
 def test_heads_in_order_fit_l2(dim: int, tokens: int, kv_heads: int, together: int) -> None:
-    """Where all queries see all keys, whatever is left of a power of two."""
-    call = normalise(*(_half(1, tokens, heads, dim) for heads in (32, kv_heads, kv_heads)))
-    work = hopper_backward._work(call, backward_tile(describe(call), True), 1)
-    assert work.together == opaque(together)
+    """Where all queries see all keys, whatever is left of a power of two; or may, as far as a
+    function says."""
+    for given in ({}, {"mask_mod": striding()}):
+        x = (_half(1, tokens, heads, dim) for heads in (32, kv_heads, kv_heads))
+        call = normalise(*x, **given)
+        work = hopper_backward._work(call, backward_tile(describe(call), True), 1)
+        assert work.together == opaque(together)
 
 
 @pytest.mark.parametrize(
@@ -199,12 +218,22 @@ def test_tiles_of_many_heads_follow_each_other_in_order(
         assert work.together == opaque(wanted)
 
 
+@pytest.mark.parametrize(("dim", "together"), [(64, 16), (128, 16), (256, 4)])
+def test_tiles_of_lists_follow_each_other_head_by_head(dim: int, together: int) -> None:
+    """As those of a causal mask do, but none comes before another one of its head."""
+    call = normalise(*[_half(1, 4096, 20, dim)] * 3, causal=True, mask_mod=remembering())
+    lists = BlockList(*[None] * 5)
+    work = hopper_backward._work(call, backward_tile(describe(call), True), 1, lists)
+    assert (work.together, work.chunk) == (opaque(together), opaque(1))
+
+
 @pytest.mark.parametrize(
     ("dim", "tokens", "heads", "given", "chunk"),
     [(128, 4096, 16, {"causal": True}, 4), (64, 4096, 15, {"causal": True}, 1),
      (256, 4096, 16, {"causal": True}, 1), (64, 4096, 16, {"window_size": (9, 0)}, 1),
      (128, 4096, 16, {"causal": True, "attention_chunk": 512}, 1),
-     (64, 4096, 16, {"window_size": (-1, 9)}, 4), (64, 4096, 16, {}, 1)],
+     (64, 4096, 16, {"window_size": (-1, 9)}, 4), (64, 4096, 16, {}, 1),
+     (64, 4096, 16, {"causal": True, "mask_mod": striding()}, 4)],
 )  # fmt: skip
 def test_many_causal_tiles_are_in_chunks_where_they_add_in_order(
     dim: int, tokens: int, heads: int, given: dict[str, Any], chunk: int

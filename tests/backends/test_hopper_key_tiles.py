@@ -13,8 +13,10 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+import triton
 from torch import Tensor
 
+from flashtile import MaskFunction
 from flashtile.api import normalise
 from flashtile.backends import hopper_backward
 from flashtile.backends.launch import Launch
@@ -122,6 +124,20 @@ def _order(work: Any, q_seq: Any, k_seq: Any, block: int) -> Tensor:
     found = [(i, n) for i in longest for n in range(-(-_open_sequence(k_seq, i).room // block))]
     left = range(_number(work.key_tiles) - len(found))
     return torch.tensor(found + [(batches[-1], 10**6 + n) for n in left], dtype=torch.int32)
+
+
+@triton.jit
+def _anything(at, args):
+    return at.k_idx >= 0
+
+
+@triton.jit
+def _last_keys(first, last, q, k, args):
+    return masks.Range(k.length - 70, k.length - 70, k.length, k.length)
+
+
+FUNCTION = MaskFunction(_anything, keys=_last_keys)
+"""With a range that the tiles of keys, which queries see by their own, know nothing of."""
 
 
 class Step(NamedTuple):
@@ -243,6 +259,10 @@ CALLS: dict[str, tuple[Any, dict[str, Any]]] = {
     "unlisted chains": ((2, 1, [(300, 300), (0, 70), (129, 1)]),
                         {"document_ids": tuple(torch.zeros(n).int() for n in (439, 381)),
                          "dim": 256}),
+    "function": ((4, 2, [(500, 420)] * 2), {"mask_mod": FUNCTION, "dim": 64}),
+    "causal function": ((4, 2, [(900, 900)]), {"causal": True, "mask_mod": FUNCTION}),
+    "wide function": ((2, 2, [(500, 420)]), {"causal": True, "mask_mod": FUNCTION, "dim": 256}),
+    "packed function": ((4, 2, [(300, 300), (0, 70), (129, 1)]), {"mask_mod": FUNCTION}),
 }  # fmt: skip
 PARTS = {"grouped": 3, "more queries": 3, "shared": 2, "packed": 2}
 WHOLE_AND_PARTS = [*((name, 1) for name in CALLS), *PARTS.items()]

@@ -6,6 +6,7 @@ Head dims that they do, one for each kind of tile; the features themselves are t
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -20,11 +21,13 @@ from flashtile import (
 )
 from flashtile.testing import (
     Case,
+    Problem,
     assert_matches_reference,
     assert_within_budget,
     poisoned_allocations,
     run,
 )
+from flashtile.testing.functions import bending, prefixed, remembering, striding
 
 BF16 = torch.bfloat16
 
@@ -322,13 +325,71 @@ def test_deterministic_gradients_of_masks_given_as_tensors(dim: int, kind: str) 
     features |= {"causal": True, "attention_chunk": 200} if "chunk" in kind else {}
     case = Case("order", 780, 643, heads=12, kv_heads=4, head_dim=dim, lengths=lengths,
                 features=features)  # fmt: skip
-    problem = case.draw(dim, BF16, "cuda")
-    problem.keywords.update(_listed_masks(kind, lengths), deterministic=True)
+    _assert_repeats(case.draw(dim, BF16, "cuda"), _listed_masks(kind, lengths))
+
+
+def _assert_repeats(problem: Problem, given: dict[str, Any]) -> None:
+    """With deterministic=True, to the bit."""
+    problem.keywords.update(given, deterministic=True)
     with poisoned_allocations():
         expected = assert_matches_reference(problem)
     for _ in range(10):
         found = run(problem)
         assert all(torch.equal(found.grads[n], expected.grads[n]) for n in "qkv")
+
+
+FUNCTIONS: list[tuple[str, dict[str, Any]]] = [
+    ("prefix", {}), ("bare prefix", {}), ("recent", {}), ("strided", {}),
+    ("prefix", {"causal": True}), ("strided", {"causal": True}),
+    ("recent", {"window_size": (300, 90)}), ("prefix", {"causal": True, "attention_chunk": 200}),
+    ("prefix", {"dropout_p": 0.2}), ("recent", {"softcap": 5.0}), ("prefix", {"score_mod": True}),
+    ("prefix", {"document_ids": True}), ("recent", {"attn_mask": True}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "features"), FUNCTIONS, ids=str)
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_deterministic_gradients_of_mask_functions(
+    dim: int, name: str, features: dict[str, Any]
+) -> None:
+    """Lists of a function's range of queries, which beside tensors are the tensors', and a
+    function without any, whose blocks are the band's."""
+    counts = torch.tensor([333, 70], dtype=torch.int32, device="cuda")
+    function = {"prefix": prefixed(counts, True), "bare prefix": prefixed(counts, False),
+                "recent": remembering(), "strided": striding()}[name]  # fmt: skip
+    given: dict[str, Any] = {**features, "mask_mod": function}
+    if "document_ids" in features:
+        given |= _listed_masks("documents", ())
+    if "attn_mask" in features:
+        given |= _listed_masks("heads", ())
+    if "score_mod" in features:
+        given["score_mod"] = bending(torch.linspace(-0.4, 0.7, 12, device="cuda"))
+    case = Case("order", 780, 643, heads=12, kv_heads=4, head_dim=dim)
+    _assert_repeats(case.draw(dim, BF16, "cuda"), given)
+
+
+@pytest.mark.parametrize("name", ["prefix", "bare prefix", "recent"])
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_deterministic_gradients_of_packed_mask_functions(dim: int, name: str) -> None:
+    """Of a list for each sequence, or of none, in use as a whole or in part. Where the longest are
+    unknown the portable kernels do it."""
+    lengths = ((300, 300), (1, 700), (0, 9), (500, 130), (780, 643))
+    counts = torch.tensor([40, 333, 0, 70, 129], dtype=torch.int32, device="cuda")
+    function = prefixed(counts, name == "prefix") if "prefix" in name else remembering()
+    case = Case("order", heads=12, kv_heads=4, head_dim=dim, lengths=lengths)
+    known = {"max_seqlen_q": 780, "max_seqlen_k": 700}
+    used = {"seqused_q": _ints(170, 1, 0, 500, 700), "seqused_k": _ints(300, 650, 9, 65, 600)}
+    for bounds in (known, known | used, {}):
+        _assert_repeats(case.draw(dim, BF16, "cuda"), {"mask_mod": function, **bounds})
+
+
+def test_deterministic_gradients_of_one_side_of_bounds() -> None:
+    """What queries say of keys is no bound of the keys' tiles."""
+    for dim in (64, 128, 256):
+        function = prefixed(torch.tensor([333, 70], dtype=torch.int32, device="cuda"), True)
+        case = Case("order", 780, 643, heads=12, kv_heads=4, head_dim=dim)
+        given = {"mask_mod": replace(function, queries=None)}
+        _assert_repeats(case.draw(dim, BF16, "cuda"), given)
 
 
 @pytest.mark.parametrize("deterministic", [False, True])

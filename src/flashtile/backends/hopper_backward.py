@@ -182,10 +182,13 @@ def gradient_launch(
     keys = [_map(x, ROWS, padded, ragged_k(call)) for x in (k, dk)]
     values = [_map(x, ROWS, padded_v, ragged_k(call)) for x in (v, dv)]
     parts = dk.shape[-2] // k.shape[-2]
-    work = _work(call, tile, parts)._replace(
+    lists = blocklists.by_keys(call, tile.adds == "in order")
+    work = _work(call, tile, parts, lists)._replace(
         counter=space.counter, locks=space.locks, order=space.order
     )
-    variant = variant_with(call, blocklists.by_keys(call, tile.adds == "in order"))
+    variant = variant_with(call, lists)
+    if tile.locked:  # what tiles wait for is computed from the band's ranges, or counted in lists
+        variant = variant._replace(masks=operands.without_ranges(variant.masks))
     grid = triton.key_grid(call, tile.block_n) * parts
     return Launch(
         kernels.attention_backward, min(grid, processors(q.device)) if tile.persistent else grid,
@@ -225,7 +228,9 @@ def _warps(tile: HopperBackwardTile) -> int:
     return max(4, tile.block_m * tile.padded // (32 * 64))
 
 
-def _work(call: Call, tile: HopperBackwardTile, parts: int) -> KeyWork:
+def _work(
+    call: Call, tile: HopperBackwardTile, parts: int, lists: BlockList | None = None
+) -> KeyWork:
     q, k = call.operands[:2]
     blocks = triton.query_grid(call, tile.block_m) // q.shape[-2]
     pairs, together = k.shape[-2] * parts, 1
@@ -241,8 +246,9 @@ def _work(call: Call, tile: HopperBackwardTile, parts: int) -> KeyWork:
             together = min(pairs, heads_together(tiles))
         if tile.adds == "in order":
             queries = blocks * tile.block_m * group
-            together = min(pairs, together_in_order(call, tile, queries, group, together))
-            chunk = chunk_in_order(call, tile, tiles * pairs)
+            listed = lists is not None
+            together = min(pairs, together_in_order(call, tile, queries, group, together, listed))
+            chunk = chunk_in_order(call, tile, tiles * pairs, listed)
     heads = Heads(opaque(q.shape[-2]), opaque(group))
     return KeyWork(
         opaque(tiles), opaque(blocks), opaque(pairs), opaque(together), opaque(chunk), heads,
@@ -258,16 +264,16 @@ def heads_together(tiles: int) -> int:
 
 
 def together_in_order(
-    call: Call, tile: HopperBackwardTile, queries: int, group: int, together: int
+    call: Call, tile: HopperBackwardTile, queries: int, group: int, together: int, listed: bool
 ) -> int:
     """KV heads, each with `queries` of a group of query heads, whose tiles follow each other tile
     by tile where dQ is added in order, and `together` in any order."""
     fitting = heads_in_order(queries, tile)
     if call.operands.attn_mask is not None:
         return fitting if tile.wide else max(MASKED_HEADS, fitting)
-    if tile.chains > 1:
+    bounded = call.banded or listed
+    if bounded and tile.chains > 1:
         return max(1, CHAINED_HEADS // group)
-    bounded = call.banded or call.operands.mask_blocks is not None
     return max(together, HEADS_IN_ORDER if bounded else fitting)
 
 
@@ -279,12 +285,11 @@ def heads_in_order(queries: int, tile: HopperBackwardTile) -> int:
     return max(2, power_of_two(fitting // 2 + 1))
 
 
-def chunk_in_order(call: Call, tile: HopperBackwardTile, tiles: int) -> int:
+def chunk_in_order(call: Call, tile: HopperBackwardTile, tiles: int, listed: bool) -> int:
     """Tiles of a head of which the last one comes first where dQ is added in order, of `tiles` in
     all: several where so many follow that the longest, which begin late, are not the last to end
     (head dim 64, 1k, simulated, without and with: 128 tiles 1.14 and 1.34 of the time in any order,
-    512 1.53 and 1.31)."""
+    512 1.53 and 1.31). In lists tiles are counted as they lie."""
     causal = call.banded and not call.windowed
-    listed = call.operands.mask_blocks is not None  # their tiles are counted as they lie
     many = tiles >= 2 * TILES_TOGETHER
     return CHUNK_IN_ORDER if causal and many and not (listed or tile.wide) else 1
