@@ -74,7 +74,7 @@ def test_every_feature_runs_against_plain_attention(feature: str, options: Make)
         lacks = ("softcap", "sink", *ORDERED)
         refused = feature in lacks or feature.startswith("page")
         assert ("reason" in found["math"]) == refused, found
-        assert row["plain"]["feature"] in ("full", "causal", "documents")
+        assert row["plain"]["feature"] in ("full", "causal", "documents", "prefix")
 
 
 def test_cells_of_features(options: Make) -> None:

@@ -139,6 +139,19 @@ def document_lengths(tokens: int, count: int = 16) -> tuple[int, ...]:
     return tuple(b - a for a, b in zip([0, *ends], ends, strict=False))
 
 
+def prefix(cell: Cell, device: torch.device) -> Work:
+    """A user's function: causality but for the first eighth of the keys, which all queries see."""
+    from flashtile.testing.functions import prefixed  # noqa: PLC0415, which imports triton
+
+    seen = cell.seqlen // 8
+    counts = torch.full((cell.batch,), seen, dtype=torch.int32, device=device)
+
+    def sees(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return (k < seen) | (k <= q)
+
+    return _masked(cell, device, "causal", sees, {"mask_mod": prefixed(counts, ranges=True)})
+
+
 def blocks(cell: Cell, device: torch.device) -> Work:
     """A bool tensor of blocks of 128 x 128: a quarter of them at random, and the diagonal."""
     count = -(-cell.seqlen // 128)
@@ -206,6 +219,11 @@ def deterministic_documents(cell: Cell, device: torch.device) -> Work:
     plain, baseline = documents(cell, device), replace(cell, feature="documents")
     keywords = {**plain.keywords, "deterministic": True}
     return plain._replace(keywords=keywords, baseline=baseline, lengths=())
+
+
+def deterministic_prefix(cell: Cell, device: torch.device) -> Work:
+    plain, baseline = prefix(cell, device), replace(cell, feature="prefix")
+    return plain._replace(keywords={**plain.keywords, "deterministic": True}, baseline=baseline)
 
 
 def lengths(cell: Cell, device: torch.device) -> Work:
@@ -299,6 +317,7 @@ FEATURES: dict[str, Callable[[Cell, torch.device], Work]] = {
     "alibi": alibi,
     "dropout": dropout,
     "documents": documents,
+    "prefix": prefix,
     "blocks": blocks,
     "mask": mask,
     "bias": bias,
@@ -310,11 +329,14 @@ FEATURES: dict[str, Callable[[Cell, torch.device], Work]] = {
     "deterministic": deterministic,
     "deterministic full": deterministic_full,
     "deterministic documents": deterministic_documents,
+    "deterministic prefix": deterministic_prefix,
     "lengths": lengths,
     "varlen": varlen,
     "page 16": pages,
     "page 256": pages,
 }
 
-ORDERED = ("deterministic", "deterministic full", "deterministic documents")
+ORDERED = (
+    "deterministic", "deterministic full", "deterministic documents", "deterministic prefix",
+)  # fmt: skip
 """Features of which only the gradients are of interest."""
