@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from flashtile.hopper_tiles import LEAST_DIM
-from flashtile.problem import COMPUTED, MASK_BLOCK, AttentionProblem
+from flashtile.problem import COMPUTED, ELEMENTWISE, MASK_BLOCK, AttentionProblem
 
 DIMS = (64, 128, 256)
 """Head dims that the kernel is compiled for; others are padded up by TMA's zero fill."""
@@ -22,10 +22,10 @@ MISSING = frozenset({"cache_batch_idx", "cache_leftpad", "fp8_cache", "tree_mask
 """Features that the kernel does not do."""
 
 ADDED = frozenset({"bias", "float_mask"})
-"""Matrices that are added to the scores: 32 loads of 2 bytes in a step, 1.5 KB of spills and up."""
+"""Matrices that are added to the scores."""
 
-CROWDED = frozenset({"attn_mask", "dropout", "softcap"})
-"""Features of which there are registers for one up to the least of DIMS: two spill 500 to 950
+CROWDED = frozenset({"attn_mask", "bias", "dropout", "softcap"})
+"""Features of which there are registers for one up to the least of DIMS: two spill 390 to 950
 bytes in four parts. One alone gains (H200, 16k tokens, portable / these, ms): softcap 8.43 /
 6.33, dropout 9.67 / 8.05, a bool tensor of random blocks 4.10 / 3.42, a causal one 7.36 / 7.43."""
 
@@ -97,8 +97,6 @@ def cannot_backward(problem: AttentionProblem, deterministic: bool = False) -> s
         reason = "does not do paged sequences yet"
     elif missing:
         reason = f"does not do {missing[0]} yet"
-    elif added := sorted(problem.features & ADDED):
-        reason = f"has no registers for a {added[0]}"
     elif deterministic and "unbounded_mask_mod" in problem.features:
         reason = "adds dQ in order under a mask_mod where the longest sequences are known"
     elif problem.features >= {"dropout", "score_mod"}:
@@ -150,10 +148,19 @@ def _chains(problem: AttentionProblem, tile: HopperBackwardTile) -> int:
 
 
 def _parts(problem: AttentionProblem) -> int:
-    """Of the scores that become gradients: several where ptxas would spill in every step."""
-    features = problem.features
-    heavy = "attn_mask" in features or ("document_ids" in features and features & COMPUTED)
-    if problem.head_dim <= DIMS[0]:
+    """Of the scores that become gradients: several where ptxas would spill in every step.
+
+    A matrix that is added, bytes of spills in 1, 2, 4 parts: alone at head dim 128 176, 16, 24, at
+    64 0, 244, 176, and 284, 432, 180 where a band is masked besides; beside ALiBi at 128 104 in 2
+    and 24 in 4.
+    """
+    features, narrow = problem.features, problem.head_dim <= DIMS[0]
+    added = features & ADDED
+    alone = len(features & (ELEMENTWISE | {"dropout"})) == 1
+    if added and alone and not (narrow and problem.banded):
+        return 1 if narrow else 2
+    heavy = added or "attn_mask" in features or ("document_ids" in features and features & COMPUTED)
+    if narrow:
         heavy = heavy or features & {"document_ids", "dropout", "score_mod", "softcap"}
     return 4 if heavy else 1
 

@@ -71,18 +71,18 @@ def test_what_the_backward_leaves_to_the_portable_kernels() -> None:
         ({"head_dim": 128, "head_dim_v": 64}, "above 128, not 128 and 64"),
         ({"page_size": 64}, "paged"),
         ({"features": frozenset({"tree_mask"})}, "tree_mask"),
-        ({"features": frozenset({"bias"})}, "registers for a bias"),
-        ({"features": frozenset({"attn_mask", "float_mask"})}, "registers for a float_mask"),
         ({"features": frozenset({"score_mod", "dropout"})}, "slopes"),
         ({**small, "features": frozenset({"softcap", "dropout"})}, "for dropout and softcap at"),
         ({**small, "features": frozenset({"softcap", "attn_mask"})}, "for attn_mask and softcap"),
+        ({**small, "features": frozenset({"bias", "dropout"})}, "for bias and dropout at"),
     ):
         problem = replace(LLAMA, **changes)  # type: ignore[arg-type]
         assert reason in (cannot_backward(problem) or "")
-    for feature in ("document_ids", "attn_mask", "mask_mod"):
+    for features in (("document_ids",), ("attn_mask",), ("attn_mask", "float_mask"), ("mask_mod",)):
+        feature = features[0]
         for dim, tokens in itertools.product((64, 128, 256), (512, 4096)):
             sizes = {"head_dim": dim, "head_dim_v": dim, "seqlen_q": tokens, "seqlen_k": tokens}
-            masked = replace(LLAMA, features=frozenset({feature}), **sizes)
+            masked = replace(LLAMA, features=frozenset(features), **sizes)
             assert cannot_backward(masked) is None
             assert backward_tile(masked).adds == "in any order"
             assert cannot_backward(masked, deterministic=True) is None

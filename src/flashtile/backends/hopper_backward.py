@@ -16,9 +16,10 @@ from flashtile.backends.replays import empty, make
 from flashtile.backends.tensormaps import folds, mapped, numbers_map, ragged_map, tensor_map
 from flashtile.backends.torch import Gradients
 from flashtile.hopper_backward_tiles import HopperBackwardTile, backward_tile, cannot_backward
+from flashtile.kernels import scores
 from flashtile.kernels.forward import Heads, Variant
 from flashtile.kernels.hopper import backward as kernels
-from flashtile.kernels.hopper import layouts, prepare, query_gradients, words
+from flashtile.kernels.hopper import layouts, matrices, prepare, query_gradients, words
 from flashtile.kernels.hopper.key_tiles import KeyWork
 from flashtile.kernels.numbers import opaque
 from flashtile.kernels.schedule import BlockList
@@ -59,6 +60,9 @@ drift apart, until those of a head are all over its queries; under a causal mask
 and those that are far ahead wait. Head dim 256, over the time in any order, 8, 4, 2 heads: 4k 1.20,
 1.07, 1.18; 16k 1.6, 1.21, 1.10, where one is 32 MB and all of its tiles wait for each other."""
 
+FAR_ROWS = 2**31
+"""Elements between the rows of a matrix from which products with them need 64 bits."""
+
 ROWS = layouts.ROWS.value
 """Keys of a warpgroup."""
 
@@ -83,7 +87,7 @@ def backward(
     needs: tuple[bool, ...],
 ) -> Gradients:
     """The gradients asked for: needs is (q, k, v, bias, learnable_sink). What the kernel cannot do,
-    and calls that want dQ alone or only dK and dV, are the portable backend's."""
+    and calls that want dQ alone or only dK and dV, are the portable backend's; so is dbias."""
     problem, deterministic = describe(call), call.variant.deterministic
     empty_operand = 0 in (x.numel() for x in call.operands[:3])  # TMA has none
     # One of dQ alone, or without it, is one kernel of the portable backend's.
@@ -112,7 +116,11 @@ def backward(
     dsink = None
     if shares is not None and (logits := call.operands.learnable_sink) is not None:
         dsink = triton.sink_gradient(call, logits, shares)
-    return Gradients(dq, dk if needs[1] else None, dv if needs[2] else None, None, dsink)
+    dbias = None
+    if needs[3] and call.operands.bias is not None:
+        alone = (False, False, False, True, False)
+        dbias = triton.backward(call, plan, dout, dlse, out, lse, alone).bias
+    return Gradients(dq, dk if needs[1] else None, dv if needs[2] else None, dbias, dsink)
 
 
 def parts_of_groups(tiles: int, group: int, processors: int) -> int:
@@ -133,6 +141,21 @@ def variant_with(call: Call, blocks: BlockList | None) -> Variant:
     return variant._replace(
         dropouts=tuple(x._replace(multiply=words.multiply) for x in variant.dropouts)
     )
+
+
+def backward_variant(call: Call, blocks: BlockList | None) -> Variant:
+    """The same for a kernel whose scores are keys by queries."""
+    variant = variant_with(call, blocks)
+    return variant._replace(score_mods=tuple(map(added_within, variant.score_mods)))
+
+
+def added_within(mod: scores.ScoreMod) -> scores.ScoreMod:
+    """A score mod as it is or, of one that adds a matrix, what does so there."""
+    if mod.fn is not scores.add_matrix:
+        return mod
+    view, per_unit = mod.args
+    far = (1,) if view.stride_q >= FAR_ROWS else ()
+    return mod._replace(fn=matrices.add_matrix_within, args=(view, per_unit, far))
 
 
 def workspace(call: Call, tile: HopperBackwardTile, like: Tensor) -> Workspace:
@@ -186,7 +209,7 @@ def gradient_launch(
     work = _work(call, tile, parts, lists)._replace(
         counter=space.counter, locks=space.locks, order=space.order
     )
-    variant = variant_with(call, lists)
+    variant = backward_variant(call, lists)
     if tile.locked:  # what tiles wait for is computed from the band's ranges, or counted in lists
         variant = variant._replace(masks=operands.without_ranges(variant.masks))
     grid = triton.key_grid(call, tile.block_n) * parts
