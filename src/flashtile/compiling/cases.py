@@ -179,6 +179,10 @@ def every_case() -> list[Case]:
     # Backward gathers pages first; without masks the mainloops are those of causal calls.
     cases.append(Case("paged", "float16", 128, 128, ("attention_forward",)))
     cases.append(Case("full", "float16", 128, 128, only=HOPPER))
+    cases += [
+        Case(name, "bfloat16", 64, 64, HOPPER_BACKWARD[1:2], only=HOPPER)
+        for name in ("full", "bias")
+    ]  # of one tile
     chunked = ("attention_forward", DKDV, *HOPPER_BACKWARD)  # masks both ways round
     cases.append(Case("chunks", "bfloat16", 64, 64, chunked))
     cases += [Case("packed", "bfloat16", 128, 128, HOPPER_BACKWARD, kv_heads=kv_heads, only=HOPPER)
