@@ -79,7 +79,6 @@ def test_what_the_backward_leaves_to_the_portable_kernels() -> None:
         problem = replace(LLAMA, **changes)  # type: ignore[arg-type]
         assert reason in (cannot_backward(problem) or "")
     for features in (("document_ids",), ("attn_mask",), ("attn_mask", "float_mask"), ("mask_mod",)):
-        feature = features[0]
         for dim, tokens in itertools.product((64, 128, 256), (512, 4096)):
             sizes = {"head_dim": dim, "head_dim_v": dim, "seqlen_q": tokens, "seqlen_k": tokens}
             masked = replace(LLAMA, features=frozenset(features), **sizes)
