@@ -60,7 +60,7 @@ def probabilities(s, lse2, keys, head, place, variant, unit):
         s, slope = apply_with_slope(variant.score_mods, s, here)
     p = gl.exp2(s * unit - lse2[None, :])
     if needs_masks(keys, place, first_q, variant.blocks, BLOCK_M):
-        p = gl.where(_see(variant.masks, at, head, first_q, own, constants), p, 0.0)
+        p = gl.where(_see(variant, at, head, first_q, own, constants), p, 0.0)
     if len(variant.dropouts) > 0:
         tile = At(at.batch, head, layouts.opaque(first_q), at.first_k, 0, 0, at.q, at.k)
         p = gl.where(dropped_queries(variant.dropouts[0], tile, BLOCK_M), -p, p)
@@ -68,19 +68,31 @@ def probabilities(s, lse2, keys, head, place, variant, unit):
 
 
 @gluon.jit
-def _see(masks, at, head, first_q, own, constants):
+def _see(variant, at, head, first_q, own, constants):
     """Which queries see which keys. Masks that only compare positions compare a key with a
     constant."""
-    if in_chunks(masks):
-        seen = query_range(masks, at.k_idx, at.k_idx, at.q, at.k)
+    if in_chunks(variant.masks):
+        seen = query_range(variant.masks, at.k_idx, at.k_idx, at.q, at.k)
         return (constants >= seen.lo - own) & (constants < seen.hi - own)
-    elif compares_positions(masks):
+    elif compares_positions(variant.masks):
         q = Span(at.q.batch, at.q.row, at.q.start, at.q.length - own, at.q.room, at.q.leftpad)
-        relative = At(at.batch, head, 0, at.first_k, constants, at.k_idx, q, at.k)
-        return visible(masks, relative)
+        relative = At(at.batch, head, 0, at.first_k, constants, at.k_idx, q,
+                      _keys_of(variant.blocks, at, first_q))  # fmt: skip
+        return visible(variant.masks, relative)
     else:
         here = At(at.batch, head, first_q, at.first_k, own + constants, at.k_idx, at.q, at.k)
-        return visible(masks, here) & (here.q_idx < at.q.length)
+        return visible(variant.masks, here) & (here.q_idx < at.q.length)
+
+
+@gluon.jit
+def _keys_of(blocks, at, first_q):
+    """The keys' Span. Queries past the end have lse +inf, but a list's block that begins there has
+    the lse of others: it sees no keys."""
+    if blocks is None:
+        return at.k
+    else:
+        k, length = at.k, gl.where(first_q < at.q.length, at.k.length, 0)
+        return Span(k.batch, k.row, k.start, length, k.room, k.leftpad)
 
 
 @gluon.jit
