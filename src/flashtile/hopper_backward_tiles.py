@@ -24,10 +24,10 @@ MISSING = frozenset({"cache_batch_idx", "cache_leftpad", "fp8_cache", "tree_mask
 ADDED = frozenset({"bias", "float_mask"})
 """Matrices that are added to the scores."""
 
-CROWDED = frozenset({"attn_mask", "bias", "dropout", "softcap"})
+CROWDED = frozenset({"bias", "dropout", "float_mask", "softcap"})
 """Features of which there are registers for one up to the least of DIMS: two spill 390 to 950
 bytes in four parts. One alone gains (H200, 16k tokens, portable / these, ms): softcap 8.43 /
-6.33, dropout 9.67 / 8.05, a bool tensor of random blocks 4.10 / 3.42, a causal one 7.36 / 7.43."""
+6.33, dropout 9.67 / 8.05."""
 
 LISTED = frozenset({"attn_mask", "document_ids"})
 """Masks that lists of blocks come of."""
@@ -153,13 +153,24 @@ def _parts(problem: AttentionProblem) -> int:
     A matrix that is added, bytes of spills in 1, 2, 4 parts: alone at head dim 128 176, 16, 24, at
     64 0, 244, 176, and 284, 432, 180 where a band is masked besides; beside ALiBi at 128 104 in 2
     and 24 in 4.
+
+    A bool tensor whose rows are units of 16 bytes, instructions of a step and spilled registers
+    that it reads, in 1, 2 parts: alone at 128 603, 0 and 624, 0; causal 688, 0 and 704, 0; with
+    documents 856, 1 and 915, 0; dropout 928, 0 and 935, 0; a softcap 785, 7 and 753, 0; a bias
+    876, 8 and 858, 0. At 64 alone 975, 11 and 979, 0; causal 1156, 38 and 1145, 4; with documents
+    1518, 41 and 1678, 6; in 2, 4 parts a bias 1514, 10 and 1528, 3, a softcap 1310, 22 and 1337,
+    10, dropout 1538, 3 and 1646, 5. Other rows take 130 to 300 instructions more.
     """
     features, narrow = problem.features, problem.head_dim <= DIMS[0]
     added = features & ADDED
+    if "attn_mask" in features and "float_mask" not in features:
+        if narrow:
+            return 4 if features & {"bias", "score_mod", "softcap"} else 2
+        return 2 if added or features & COMPUTED else 1
     alone = len(features & (ELEMENTWISE | {"dropout"})) == 1
     if added and alone and not (narrow and problem.banded):
         return 1 if narrow else 2
-    heavy = added or "attn_mask" in features or ("document_ids" in features and features & COMPUTED)
+    heavy = added or ("document_ids" in features and features & COMPUTED)
     if narrow:
         heavy = heavy or features & {"document_ids", "dropout", "score_mod", "softcap"}
     return 4 if heavy else 1

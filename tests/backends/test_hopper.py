@@ -73,7 +73,7 @@ def test_what_the_backward_leaves_to_the_portable_kernels() -> None:
         ({"features": frozenset({"tree_mask"})}, "tree_mask"),
         ({"features": frozenset({"score_mod", "dropout"})}, "slopes"),
         ({**small, "features": frozenset({"softcap", "dropout"})}, "for dropout and softcap at"),
-        ({**small, "features": frozenset({"softcap", "attn_mask"})}, "for attn_mask and softcap"),
+        ({**small, "features": frozenset({"softcap", "float_mask"})}, "for float_mask and softcap"),
         ({**small, "features": frozenset({"bias", "dropout"})}, "for bias and dropout at"),
     ):
         problem = replace(LLAMA, **changes)  # type: ignore[arg-type]

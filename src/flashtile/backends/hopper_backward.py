@@ -16,10 +16,10 @@ from flashtile.backends.replays import empty, make
 from flashtile.backends.tensormaps import folds, mapped, numbers_map, ragged_map, tensor_map
 from flashtile.backends.torch import Gradients
 from flashtile.hopper_backward_tiles import HopperBackwardTile, backward_tile, cannot_backward
-from flashtile.kernels import scores
+from flashtile.kernels import masks, scores
 from flashtile.kernels.forward import Heads, Variant
 from flashtile.kernels.hopper import backward as kernels
-from flashtile.kernels.hopper import layouts, matrices, prepare, query_gradients, words
+from flashtile.kernels.hopper import hidden, layouts, matrices, prepare, query_gradients, words
 from flashtile.kernels.hopper.key_tiles import KeyWork
 from flashtile.kernels.numbers import opaque
 from flashtile.kernels.schedule import BlockList
@@ -62,6 +62,9 @@ and those that are far ahead wait. Head dim 256, over the time in any order, 8, 
 
 FAR_ROWS = 2**31
 """Elements between the rows of a matrix from which products with them need 64 bits."""
+
+MASK_UNIT = 16
+"""Bytes of a mask's row that a thread loads at once."""
 
 ROWS = layouts.ROWS.value
 """Keys of a warpgroup."""
@@ -146,7 +149,24 @@ def variant_with(call: Call, blocks: BlockList | None) -> Variant:
 def backward_variant(call: Call, blocks: BlockList | None) -> Variant:
     """The same for a kernel whose scores are keys by queries."""
     variant = variant_with(call, blocks)
-    return variant._replace(score_mods=tuple(map(added_within, variant.score_mods)))
+    return variant._replace(
+        score_mods=tuple(map(added_within, variant.score_mods)),
+        masks=tuple(x for x in variant.masks if x.fn is not masks.mask_tensor),
+        tensors=tuple(tensor_apart(*x.args) for x in variant.masks if x.fn is masks.mask_tensor),
+    )
+
+
+def tensor_apart(view: masks.MatrixView) -> hidden.MaskTensor:
+    """A mask tensor as the kernel loads it, apart from other masks."""
+    steps = (view.stride_batch, view.stride_head, view.stride_q, view.ptr.shape[-1])
+    units = all(n % MASK_UNIT == 0 for n in (view.ptr.data_ptr(), *steps))
+    by_rows = (1,) if view.stride_k == 1 and units else ()
+    return hidden.MaskTensor(view, far_rows(view), by_rows)
+
+
+def far_rows(view: masks.MatrixView) -> tuple[int, ...]:
+    """Whether the rows of a matrix lie far apart, as `matrices.load_within` takes it."""
+    return (1,) if view.stride_q >= FAR_ROWS else ()
 
 
 def added_within(mod: scores.ScoreMod) -> scores.ScoreMod:
@@ -154,8 +174,7 @@ def added_within(mod: scores.ScoreMod) -> scores.ScoreMod:
     if mod.fn is not scores.add_matrix:
         return mod
     view, per_unit = mod.args
-    far = (1,) if view.stride_q >= FAR_ROWS else ()
-    return mod._replace(fn=matrices.add_matrix_within, args=(view, per_unit, far))
+    return mod._replace(fn=matrices.add_matrix_within, args=(view, per_unit, far_rows(view)))
 
 
 def workspace(call: Call, tile: HopperBackwardTile, like: Tensor) -> Workspace:

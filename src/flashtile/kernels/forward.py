@@ -48,6 +48,7 @@ class Variant(NamedTuple):
     blocks: Any = None  # BlockList of the masks, or None
     k_scale: Any = None  # ScaleView of an e4m3 K, or None
     v_scale: Any = None
+    tensors: Any = ()  # of the Hopper backward: none or one mask tensor, not in masks
 
 
 class Scale(NamedTuple):

@@ -19,6 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from flashtile.kernels.hopper import barriers, layouts
 from flashtile.kernels.hopper.block import compares_positions, in_chunks
+from flashtile.kernels.hopper.hidden import halved, hide, load_hidden
 from flashtile.kernels.hopper.query_gradients import hand_over
 from flashtile.kernels.hopper.stages import CONSUMERS, DS_GIVEN, DS_WRITTEN
 from flashtile.kernels.hopper.walk import first_of, needs_masks
@@ -44,7 +45,7 @@ class Keys(NamedTuple):
 
 
 @gluon.jit
-def probabilities(s, lse2, keys, head, place, variant, unit):
+def probabilities(s, lse2, hidden, keys, head, place, variant, unit):
     """(p, slope of the score mods) of the queries of a place, from their raw scores (64, BLOCK_M).
     Where dropout drops, p has a minus: no register more.
 
@@ -60,11 +61,22 @@ def probabilities(s, lse2, keys, head, place, variant, unit):
         s, slope = apply_with_slope(variant.score_mods, s, here)
     p = gl.exp2(s * unit - lse2[None, :])
     if needs_masks(keys, place, first_q, variant.blocks, BLOCK_M):
-        p = gl.where(_see(variant, at, head, first_q, own, constants), p, 0.0)
+        if _bounded(variant, at, first_q):
+            p = gl.where(_see(variant, at, head, first_q, own, constants), p, 0.0)
+        p = hide(p, hidden, variant)
     if len(variant.dropouts) > 0:
         tile = At(at.batch, head, layouts.opaque(first_q), at.first_k, 0, 0, at.q, at.k)
         p = gl.where(dropped_queries(variant.dropouts[0], tile, BLOCK_M), -p, p)
     return p, slope
+
+
+@gluon.jit
+def _bounded(variant, at, first_q):
+    """Whether more than a mask tensor may hide something of a block that needs masks."""
+    if len(variant.masks) > 0 or len(variant.tensors) == 0:
+        return True
+    else:
+        return (first_q >= at.q.length) | (at.first_k + layouts.ROWS > at.k.length)
 
 
 @gluon.jit
@@ -115,24 +127,25 @@ def score_gradient(p, dp, delta, dropouts):
 
 
 @gluon.jit
-def score_parts(s, dp, blocks, i, keys, head, place, variant, unit, dtype: gl.constexpr,
+def score_parts(s, dp, hidden, blocks, i, keys, head, place, variant, unit, dtype: gl.constexpr,
                 FIRST: gl.constexpr, PARTS: gl.constexpr):  # fmt: skip
     """(P, dS) of item i's columns from FIRST on, one part after the other: what is between scores
     and gradients is then in registers for few of them."""
     COLUMNS: gl.constexpr = s.shape[1]
     if PARTS > 1:
         HALF: gl.constexpr = COLUMNS // 2
+        hidden0, hidden1 = halved(hidden, variant, HALF)
         s0, s1 = layouts.halves(s)
         dp0, dp1 = layouts.halves(dp)
-        p0, ds0 = score_parts(s0, dp0, blocks, i, keys, head, place, variant, unit, dtype, FIRST,
-                              PARTS // 2)  # fmt: skip
-        p1, ds1 = score_parts(s1, dp1, blocks, i, keys, head, place, variant, unit, dtype,
+        p0, ds0 = score_parts(s0, dp0, hidden0, blocks, i, keys, head, place, variant, unit, dtype,
+                              FIRST, PARTS // 2)  # fmt: skip
+        p1, ds1 = score_parts(s1, dp1, hidden1, blocks, i, keys, head, place, variant, unit, dtype,
                               FIRST + HALF, PARTS // 2)  # fmt: skip
         return layouts.whole(p0, p1), layouts.whole(ds0, ds1)
     else:
         of_queries: gl.constexpr = layouts.columns_of(layouts.accumulator(COLUMNS))
         lse2 = blocks.lse_of(i).slice(FIRST, COLUMNS, dim=0).load(of_queries)
-        p, slope = probabilities(s, lse2, keys, head, place + FIRST, variant, unit)
+        p, slope = probabilities(s, lse2, hidden, keys, head, place + FIRST, variant, unit)
         delta = blocks.delta_of(i).slice(FIRST, COLUMNS, dim=0).load(of_queries)
         ds = score_gradient(p * slope, dp, delta, variant.dropouts)
         return kept(p, variant.dropouts).to(dtype), ds.to(dtype)
@@ -318,26 +331,29 @@ def seen_step(grads, side, blocks, i, keys, head, place, variant, unit, QUERIES:
     do = first_rows(blocks.wait_dout(i), QUERIES)
     if TILE.parts > 1:
         dp_token = multiply_values(side, do, zeros, WARPGROUP)
+        hidden = load_hidden(variant, keys, head, place, QUERIES)
         s, dp = warpgroup_mma_wait(0, deps=[s_token, dp_token])
-        p, ds = score_parts(s, dp, blocks, i, keys, head, place, variant, unit, q.dtype, 0,
+        p, ds = score_parts(s, dp, hidden, blocks, i, keys, head, place, variant, unit, q.dtype, 0,
                             TILE.parts)  # fmt: skip
         p_operand = layouts.as_operand(p, q.dtype, TILE.padded)
     elif SLOPES and TILE.block_m == 128:
         # Scores, slopes and dP are 192 registers a thread: dP later, 1,040 -> 680 bytes of spills.
         lse2 = first_rows(blocks.lse_of(i), QUERIES).load(of_queries)
+        hidden = load_hidden(variant, keys, head, place, QUERIES)
         s = warpgroup_mma_wait(0, deps=[s_token])
-        p, slope = probabilities(s, lse2, keys, head, place, variant, unit)
+        p, slope = probabilities(s, lse2, hidden, keys, head, place, variant, unit)
         p_operand = layouts.as_operand(kept(p, variant.dropouts), q.dtype, TILE.padded)
         weight = p * slope
         dp_token = multiply_values(side, do, zeros, WARPGROUP)
     else:
         dp_token = multiply_values(side, do, zeros, WARPGROUP)
+        hidden = load_hidden(variant, keys, head, place, QUERIES)
         if TILE.block_m == 64:
             lse2 = first_rows(blocks.lse_of(i), QUERIES).load(of_queries)
         s = warpgroup_mma_wait(1, deps=[s_token])
         if TILE.block_m == 128:  # 32 registers a thread: no room beside the scores in flight
             lse2 = first_rows(blocks.lse_of(i), QUERIES).load(of_queries)
-        p, weight = probabilities(s, lse2, keys, head, place, variant, unit)
+        p, weight = probabilities(s, lse2, hidden, keys, head, place, variant, unit)
         if SLOPES:
             p_operand = layouts.as_operand(kept(p, variant.dropouts), q.dtype, TILE.padded)
             weight = p * weight

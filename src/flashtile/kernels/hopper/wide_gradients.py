@@ -21,6 +21,7 @@ from flashtile.kernels.hopper import barriers, layouts
 from flashtile.kernels.hopper._compat import tma_store_wait
 from flashtile.kernels.hopper.channels import store_rows
 from flashtile.kernels.hopper.gradients import kept, probabilities, score_gradient
+from flashtile.kernels.hopper.hidden import load_hidden
 from flashtile.kernels.hopper.query_gradients import hand_over, own_columns
 from flashtile.kernels.hopper.scheduler import pin
 from flashtile.kernels.hopper.stages import CONSUMERS, DS_WRITTEN
@@ -119,8 +120,9 @@ def share_scores(side, blocks, i, x, keys, head, place, variant, unit, WARPGROUP
     do = blocks.wait_dout(i)
     values = side.values(pin(0))
     dp_token = multiply_rows(values, None, do.slice(FIRST, HALF, dim=0), TILE.dim_v)
+    hidden = load_hidden(variant, keys, head, place + FIRST, HALF)
     lse2 = blocks.lse_of(i).slice(FIRST, HALF, dim=0).load(of_queries)
-    p, weight = probabilities(x.s, lse2, keys, head, place + FIRST, variant, unit)
+    p, weight = probabilities(x.s, lse2, hidden, keys, head, place + FIRST, variant, unit)
     side.p.index(i & 1).slice(FIRST, HALF, dim=1).store(kept(p, variant.dropouts).to(do.dtype))
     weight = p * weight if len(variant.score_mods) > 0 else p
     # The exponentials pass through the wait: ptxas would start it before them.
