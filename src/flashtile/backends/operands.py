@@ -145,14 +145,12 @@ def _added(matrix: Tensor | None, unit: float) -> scores.ScoreMod | None:
     return scores.ScoreMod(scores.add_matrix, (matrix_view(matrix), 1.0 / unit))
 
 
-def after_bias(mods: tuple[scores.ScoreMod, ...]) -> tuple[scores.ScoreMod, ...]:
-    """Score mods with the slopes that the bias's gradient has: of the user's."""
-    return tuple(
-        mod._replace(slope=scores.slope_one) if mod.fn in _BEFORE_BIAS else mod for mod in mods
-    )
-
-
-_BEFORE_BIAS = (scores.softcap, scores.softcap_approximate)
+def around_bias(
+    mods: tuple[scores.ScoreMod, ...],
+) -> tuple[tuple[scores.ScoreMod, ...], scores.ScoreMod, tuple[scores.ScoreMod, ...]]:
+    """Score mods before the bias, the bias, and those after it, by whose slopes its gradient is."""
+    i = next(i for i, mod in enumerate(mods) if mod.fn is scores.add_matrix)
+    return mods[:i], mods[i], mods[i + 1 :]
 
 
 def mask_functions(call: Call) -> tuple[masks.Mask, ...]:

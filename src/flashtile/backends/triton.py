@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from flashtile import config as switches
 from flashtile.backends import blocklists, operands, paged
-from flashtile.backends.launch import Launch, run
+from flashtile.backends.launch import Launch, processors, run
 from flashtile.backends.operands import row_view, token_view
 from flashtile.backends.replays import empty, make
 from flashtile.backends.torch import Gradients
@@ -22,10 +23,12 @@ from flashtile.kernels import backward as backward_kernels
 from flashtile.kernels import bias as bias_kernels
 from flashtile.kernels import forward as forward_kernels
 from flashtile.kernels import prepare
+from flashtile.kernels.config import BiasTile
+from flashtile.kernels.numbers import opaque
 from flashtile.kernels.views import RowView
 from flashtile.plan import Plan
 from flashtile.problem import Call
-from flashtile.tiles import KernelConfig, KernelConfigs
+from flashtile.tiles import CHUNK, KernelConfig, KernelConfigs, chunk
 
 PREPARE_ROWS = 64
 
@@ -200,17 +203,69 @@ def _bias_gradient(
     bias = call.operands.bias
     assert bias is not None
     batches, heads, rows, columns = bias.shape
-    grad = _zeros(bias.shape, bias, torch.float32)
-    walk = -(-call.seqlen_q // config.block_q) if rows == 1 else 1
-    grid = -(-columns // config.block_k) * -(-rows // config.block_q) * heads * batches
-    a = operands.arguments(call)
-    shape = bias_kernels.BiasShape(*map(operands.opaque, (*bias.shape, walk)))
+    pairs = call.batch * call.operands.q.shape[-2] // max(1, batches * heads)
+    share = bias_share(bias.shape, pairs, config, processors(bias.device))
+    if share.parts == 1:
+        grad = empty(bias.shape, bias)
+    else:
+        grad = empty((share.parts, *bias.shape), bias, torch.float32)
+    a, dims = operands.arguments(call), (call.operands.q.shape[-1], call.operands.v.shape[-1])
+    ragged = any(
+        x is not None for s in (a.q_seq, a.k_seq) for x in (s.cu_seqlens, s.used, s.leftpad)
+    )
+    shape = bias_kernels.BiasShape(
+        opaque(batches), opaque(heads), opaque(rows), columns, opaque(share.parts),
+        opaque(share.run), 1 if ragged else None,
+    )  # fmt: skip
     variant = operands.variant(call, plan.nvidia)
-    variant = variant._replace(score_mods=operands.after_bias(variant.score_mods))
+    before, added, after = operands.around_bias(variant.score_mods)
+    parted = bias_kernels.BiasVariant(before, after, variant.masks, variant.dropouts)
+    one_row = bias_kernels.attention_backward_dbias_row
     run(Launch(
-        bias_kernels.attention_backward_dbias, grid,
-        (a.q, a.k, a.v, grad, shape, saved, a.q_seq, a.k_seq, variant, a.scale, a.heads,
-         operands.tile(call, config, _precision())),
-        config.num_warps, config.num_stages,
+        one_row if rows == 1 else bias_kernels.attention_backward_dbias, share.programs,
+        (a.q, a.k, a.v, bias_kernels.Bias(*added.args), grad, shape, saved, a.q_seq,
+         a.k_seq, parted, a.scale, a.heads,
+         BiasTile(config.block_q, config.block_k, *dims, _precision(), _dims_at_once(call))),
+        config.num_warps, config.num_stages, max_registers=config.max_registers,
     ))  # fmt: skip
-    return make(partial(Tensor.to, dtype=bias.dtype), grad)
+    if share.parts == 1:
+        return grad
+    return make(lambda x: x.sum(0).to(bias.dtype), grad)
+
+
+def _dims_at_once(call: Call) -> int:
+    """Head dims that dbias multiplies at a time: fewer where a tile of 8 bytes an element, which
+    takes 64 KiB of shared memory on its way to the scores, may be read for them."""
+    variant, tensors = call.variant, (call.operands.bias, call.operands.attn_mask)
+    wide = any(x is not None and x.element_size() == 8 for x in tensors)
+    found = chunk(call.operands.q.shape[-1], call.operands.v.shape[-1])
+    return min(found, CHUNK // 2) if wide or variant.score_mod or variant.mask_mod else found
+
+
+class BiasShare(NamedTuple):
+    """How the tiles of a bias are shared out."""
+
+    programs: int
+    parts: int  # of the pairs of batch and head that a tile is summed over
+    run: int  # tiles beside each other that a program has
+
+
+STEPS = 32
+"""Products of tiles that a program of dbias does one after another, at most: what its first loads
+wait for is little beside them, and the last programs end together."""
+
+
+def bias_share(
+    shape: Sequence[int], pairs: int, config: KernelConfig, processors: int
+) -> BiasShare:
+    """Programs for a bias that `pairs` of batch and head share: two at least for each
+    multiprocessor, if there is that much to do."""
+    batches, heads, rows, columns = shape
+    beside = -(-columns // config.block_k)
+    others = -(-rows // config.block_q) * heads * batches
+    tiles = beside * others
+    if tiles == 0:
+        return BiasShare(0, 1, 1)
+    parts = max(1, min(pairs, 2 * processors // tiles))
+    run = 1 if rows == 1 else max(1, min(beside, STEPS // pairs, tiles // (4 * processors)))
+    return BiasShare(-(-beside // run) * others * parts, parts, run)

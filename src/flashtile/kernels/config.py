@@ -34,6 +34,17 @@ class Tile(HeadDims):
 
 
 @dataclass(frozen=True)
+class BiasTile(Tile):
+    """Of the kernels of dbias."""
+
+    chunk: int = 0  # dims that are in shared memory at a time
+
+    @property
+    def chunks(self) -> int:
+        return -(-max(self.dim, self.dim_v) // self.chunk)
+
+
+@dataclass(frozen=True)
 class DecodeTile(Tile):
     """Of the decode kernels. A pool's page size does not change, so division by it is compiled."""
 

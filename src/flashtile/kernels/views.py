@@ -291,14 +291,24 @@ def load_pairs(x, span, head, first, INSIDE: tl.constexpr, BLOCK: tl.constexpr):
     A vector of fewer elements than threads would be loaded by every thread for itself, element by
     element: 32 of 40 loads in the loop of dK and dV at head dim 128. 16 bytes a row are one load.
     """
+    return first_two(load_fours(x, span, head, first, INSIDE, BLOCK))
+
+
+@triton.jit
+def load_fours(x, span, head, first, INSIDE: tl.constexpr, BLOCK: tl.constexpr):
+    """(BLOCK, 4)"""
     idx = tl.arange(0, BLOCK)
     pointers = row_pointers(x, span, head, idx, 4)[:, None] + tl.arange(0, 4)[None, :]
     pointers += 4 * tl.cast(first, tl.int64)
     if INSIDE:
-        four = tl.load(pointers)
+        return tl.load(pointers)
     else:
-        four = tl.load(pointers, mask=(first + idx < span.length)[:, None], other=0.0)
-    even, odd = tl.split(tl.reshape(four, [BLOCK, 2, 2]))
+        return tl.load(pointers, mask=(first + idx < span.length)[:, None], other=0.0)
+
+
+@triton.jit
+def first_two(fours):
+    even, odd = tl.split(tl.reshape(fours, [fours.shape[0], 2, 2]))
     first_number, _ = tl.split(even)
     second_number, _ = tl.split(odd)
     return first_number, second_number

@@ -1,0 +1,62 @@
+"""The gradient of a bias where its tiles are shared out, and its head dims multiplied some at a
+time."""
+
+from __future__ import annotations
+
+import importlib
+
+import pytest
+import torch
+
+from flashtile.testing import Case
+from flashtile.testing.allocations import assert_touches_nothing_else
+
+LENGTHS = ((5, 20), (0, 3), (18, 17), (2, 0), (1, 1))
+
+
+@pytest.fixture(params=[1, 7, 1000])
+def processors(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    backend = importlib.import_module("flashtile.backends.triton")
+    monkeypatch.setattr(backend, "processors", lambda device: request.param)
+    monkeypatch.setattr(backend, "STEPS", 6)
+    monkeypatch.setattr(importlib.import_module("flashtile.tiles"), "CHUNK", 16)
+    count: int = request.param
+    return count
+
+
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 20), (1, 4, 20), (3, 1, 20), (1, 1, 1), (3, 4, 1)], ids=str
+)
+def test_shares(processors: int, shape: tuple[int, ...]) -> None:
+    """Of one program for several tiles as of several programs for one."""
+    dims = (40, 8) if shape[0] == 1 else (24, 40)
+    features = {"window_size": (5, 3), "softcap": 2.0} if processors == 7 else {}
+    problem = Case("bias", 20, 36, 3, 4, 2, *dims, features=features).draw(8)
+    bias = torch.randn(*shape, 36, requires_grad=True)
+    assert_touches_nothing_else(problem._replace(tensors=problem.tensors | {"bias": bias}))
+
+
+@pytest.mark.parametrize("rows", [20, 1])
+def test_shares_of_packed_sequences(processors: int, rows: int) -> None:
+    features = {"causal": rows == 20, "dropout_p": 0.3}
+    problem = Case("bias", batch=5, head_dim=24, lengths=LENGTHS, features=features).draw(9)
+    bias = torch.randn(1, 1 if rows == 1 else 4, rows, 20, requires_grad=True)
+    assert_touches_nothing_else(problem._replace(tensors=problem.tensors | {"bias": bias}))
+
+
+def test_every_processor_has_two_programs_where_there_is_that_much_to_do() -> None:
+    from flashtile.backends.triton import bias_share  # noqa: PLC0415, imports triton
+    from flashtile.tiles import KernelConfig  # noqa: PLC0415
+
+    config = KernelConfig(128, 64, 8, 2)
+    for shape, pairs in (
+        ((1, 16, 4096, 4096), 4), ((1, 1, 16384, 16384), 16), ((4, 16, 4096, 4096), 1),
+        ((1, 16, 1, 4096), 4), ((1, 4, 64, 64), 4096), ((1, 1, 512, 512), 64), ((1, 1, 1, 128), 3),
+    ):  # fmt: skip
+        share = bias_share(shape, pairs, config, 132)
+        batches, heads, rows, columns = shape
+        tiles = -(-rows // 128) * -(-columns // 64) * heads * batches
+        assert share.programs >= min(2 * 132, tiles * pairs) // 2, (shape, share)
+        assert 1 <= share.parts <= pairs
+        assert share.parts == 1 or share.run == 1
+    assert bias_share((1, 4, 20, 0), 4, config, 132).programs == 0
