@@ -62,6 +62,10 @@ def _bias() -> dict[str, Any]:
             "learnable_sink": _meta(HEADS)}  # fmt: skip
 
 
+def _packed_bias() -> dict[str, Any]:
+    return {**_packed(), "bias": _meta(1, HEADS, TOKENS, TOKENS, dtype=torch.bfloat16)}
+
+
 def _masked_dropout() -> dict[str, Any]:
     return {"dropout_p": 0.1, "bias": _meta(1, 1, TOKENS, TOKENS, dtype=torch.bfloat16)}
 
@@ -127,6 +131,8 @@ VARIANTS: dict[str, Callable[[], dict[str, Any]]] = {
     "documents": _documents,
     "ordered documents": lambda: {**_documents(), "deterministic": True},
     "bias": _bias,
+    "packed bias": _packed_bias,
+    "row of bias": lambda: {"causal": True, "bias": _meta(1, HEADS, 1, TOKENS)},
     "varlen": _varlen,
     "packed": _packed,
     "paged": _paged,
@@ -153,6 +159,7 @@ MIXED_DIMS = (192, 128)
 ALWAYS = ("attention_forward", "prepare_backward", "list_blocks", "classify_blocks")
 
 DQ, DKDV, DBIAS = "attention_backward_dq", "attention_backward_dkdv", "attention_backward_dbias"
+DBIAS_ROW = "attention_backward_dbias_row"
 
 FEATURES = (
     ("documents", (128, 128), (*ALWAYS, DKDV)),
@@ -196,6 +203,8 @@ def every_case() -> list[Case]:
     cases.append(Case("decode-latent", "bfloat16", 576, 512, only=HOPPER))
     # Its tile is a bias's alone.
     cases.append(Case("masked dropout", "bfloat16", 64, 64, (DBIAS,)))
+    cases += [Case("packed bias", "bfloat16", 128, 128, (DBIAS,)),
+              Case("row of bias", "bfloat16", 128, 128, (DBIAS_ROW,))]  # fmt: skip
     # A bias launches every kernel, with the tiles that causality alone does not choose.
     kinds = ("causal", "bias", "scores", "dropout", "masked dropout")
     cases += [
