@@ -182,8 +182,8 @@ _SM_90: _Table = {
 
 # Chosen by compiling, not by measuring: the largest tiles that spill least and fit, which the
 # estimate of shared memory is too high to tell (sm_80 keeps q in registers, gfx942 a buffer less).
-# Worst spills: sm_80 460 bytes (dkdv 64, dropout beside a bias), sm_86 192 (the same), sm_100 288
-# (dbias 256), gfx942 160 (dkdv 128, dropout).
+# Worst spills: sm_80 460 bytes (dkdv 64, dropout beside a bias), sm_86 192 (the same), sm_100 112
+# (forward 256), gfx942 160 (dkdv 128, dropout).
 _SM_80: _Table = {
     "forward": ((128, 64, 4, 3), (128, 64, 8, 3), (64, 64, 8, 2), (64, 16, 8, 2)),
     "dq": ((128, 64, 8, 2), (64, 64, 8, 2), (64, 64, 8, 2), (32, 32, 8, 2)),
