@@ -41,7 +41,8 @@ def test_masks_end_where_queries_and_keys_do(dim: int, queries: int, keys: int) 
         for first in (16, 1):
             later = wide.clone()[..., first : first + keys]
             later.copy_(mask)
-            for given in (mask, many.view(torch.bool), fence(mask).tensor, later):
+            fenced = fence(mask.to(torch.uint8)).tensor
+            for given in (mask, many.view(torch.bool), fenced.view(torch.bool), later):
                 problem = case.draw(dim, BF16, "cuda")
                 problem.keywords["attn_mask"] = given
                 with poisoned_allocations():
@@ -59,9 +60,10 @@ def test_masks_end_where_queries_and_keys_do(dim: int, queries: int, keys: int) 
 def test_masks_beside_others(
     dim: int, keys: int, features: dict[str, Any], tensors: tuple[str, ...]
 ) -> None:
-    case = Case("mask", 300, keys, 2, 4, 2, dim, features=features, tensors=tensors)
+    queries = keys if "document_ids" in tensors else 300
+    case = Case("mask", queries, keys, 2, 4, 2, dim, features=features, tensors=tensors)
     problem = case.draw(dim, BF16, "cuda")
-    problem.keywords["attn_mask"] = _mask(2, 1, 300, keys)
+    problem.keywords["attn_mask"] = _mask(2, 1, queries, keys)
     assert_matches_reference(problem)
 
 
