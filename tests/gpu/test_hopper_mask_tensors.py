@@ -77,3 +77,22 @@ def test_float_masks_with_a_block_past_the_end(dim: int, causal: bool, queries: 
     mask = torch.zeros(1, 1, queries, 300, device="cuda", dtype=BF16)
     problem.keywords["attn_mask"] = mask.masked_fill_(~_mask(1, 1, queries, 300), -torch.inf)
     assert_matches_reference(problem)
+
+
+@pytest.mark.parametrize("known", [False, True])
+@pytest.mark.parametrize(
+    "features", [{}, {"causal": True}, {"deterministic": True}, {"softcap": 4.0}], ids=str
+)
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_masks_of_packed_sequences(dim: int, features: dict[str, Any], known: bool) -> None:
+    """Where the longest are unknown there are no lists: no block is seen as a whole."""
+    lengths = ((300, 331), (1, 200), (0, 9), (130, 336), (256, 256))
+    longest = {"max_seqlen_q": 300, "max_seqlen_k": 336} if known else {}
+    case = Case("mask", heads=4, kv_heads=2, head_dim=dim, lengths=lengths,
+                features=features | longest)  # fmt: skip
+    for heads, keys in ((1, 336), (4, 341)):  # in units of 16 bytes, and not
+        problem = case.draw(dim, BF16, "cuda")
+        mask = torch.rand(len(lengths), heads, 300, keys, device="cuda") < 0.5
+        problem.keywords["attn_mask"] = mask
+        with poisoned_allocations():
+            assert_matches_reference(problem)

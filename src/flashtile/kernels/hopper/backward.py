@@ -191,16 +191,18 @@ def add_queries(dq, side, queue, debts, q_seq, k_seq, masks, lists, work, TILE: 
 
 
 @gluon.jit
-def own_keys(tile, q_seq, k_seq, masks, WARPGROUP: gl.constexpr, TILE: gl.constexpr):
+def own_keys(tile, q_seq, k_seq, variant, WARPGROUP: gl.constexpr, TILE: gl.constexpr):
     """A warpgroup's 64 keys."""
     first = tile.key + (0 if TILE.wide else WARPGROUP * layouts.ROWS)
     queries: gl.constexpr = TILE.block_m // (2 if TILE.wide else TILE.parts)
     layout: gl.constexpr = layouts.rows_of(layouts.accumulator(queries))
     q_span, k_span = open_sequence(q_seq, tile.batch), open_sequence(k_seq, tile.batch)
     k_idx = (first + gl.arange(0, layouts.ROWS, layout))[:, None]
-    seen = query_range(masks, first, first + (layouts.ROWS - 1), q_span, k_span)
+    seen = query_range(variant.masks, first, first + (layouts.ROWS - 1), q_span, k_span)
     # Keys past the end are zeros whose probabilities may overflow: no block is full with them.
     full_hi = gl.where(first + layouts.ROWS > k_span.length, 0, seen.full_hi)
+    if len(variant.tensors) > 0:  # apart from the masks, and has no ranges: lists may say more
+        full_hi = 0
     at = At(tile.batch, tile.kv_head, 0, first, 0, k_idx, q_span, k_span)
     return Keys(at, seen.lo, seen.full_lo, full_hi, seen.hi)
 
@@ -236,7 +238,7 @@ def place_now(blocks, places, i, tile, walk, variant, TILE: gl.constexpr):
 def consume_tile(outputs, side, blocks, places, queue, tile, n, i, q_seq, k_seq, variant, scale,
                  work, WARPGROUP: gl.constexpr, TILE: gl.constexpr):  # fmt: skip
     """dK and dV of the n-th tile, whose queries are items i, i + 1, ...; the item after them."""
-    keys = own_keys(tile, q_seq, k_seq, variant.masks, WARPGROUP, TILE)
+    keys = own_keys(tile, q_seq, k_seq, variant, WARPGROUP, TILE)
     walk = start_walk(tile, work, TILE)
     mbarrier.wait(side.full, n & 1)
     steps = tile.blocks * pinned(work.heads.group)
