@@ -13,6 +13,8 @@ from torch import Tensor
 from flashtile import hopper_tiles, strides
 from flashtile.api import normalise
 from flashtile.backends import hopper, hopper_backward, operands, tensormaps
+from flashtile.compiling.cases import TOKENS, VARIANTS, Case
+from flashtile.compiling.launches import launches
 from flashtile.explain import explain_problem
 from flashtile.hopper_backward_tiles import backward_tile, cannot_backward
 from flashtile.hopper_tiles import TILES, cannot, forward_tile, padded_dim
@@ -105,6 +107,19 @@ def test_functions_of_packed_sequences_are_listed_where_the_longest_are_known(
     for known in ({**given, **both}, {**given, "cu_seqlens_q": cu[::2], "cu_seqlens_k": cu[::2]}):
         problem = describe(normalise(x, x, x, **known))
         assert cannot_backward(problem, deterministic=True) is None
+
+
+def test_masks_are_compiled_with_the_lists_that_calls_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Packed sequences of which the longest is unknown have none."""
+    unknown = {**VARIANTS["packed"](), "max_seqlen_q": None, "max_seqlen_k": None}
+    unknown["attn_mask"] = torch.empty(1, 1, TOKENS, TOKENS, dtype=torch.bool, device="meta")
+    monkeypatch.setitem(VARIANTS, "unknown", lambda: unknown)
+    monkeypatch.setitem(VARIANTS, "known", lambda: unknown | {"max_seqlen_q": 9, "max_seqlen_k": 9})
+    for name in ("unknown", "known"):
+        found = launches(Case(name, "bfloat16", 64, 64), "sm_90")
+        kernels = {launch.kernel.__name__ for launch in found}
+        assert "attention_backward" in kernels
+        assert ("list_blocks" in kernels) == (name == "known")
 
 
 def test_tiles_fit_and_do_not_depend_on_lengths_alone() -> None:
