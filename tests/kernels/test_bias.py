@@ -10,6 +10,7 @@ import torch
 
 from flashtile.testing import Case
 from flashtile.testing.allocations import assert_touches_nothing_else
+from flashtile.testing.functions import prefixed
 
 LENGTHS = ((5, 20), (0, 3), (18, 17), (2, 0), (1, 1))
 
@@ -60,3 +61,14 @@ def test_every_processor_has_two_programs_where_there_is_that_much_to_do() -> No
         assert 1 <= share.parts <= pairs
         assert share.parts == 1 or share.run == 1
     assert bias_share((1, 4, 20, 0), 4, config, 132).programs == 0
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 20), (1, 2, 1), (3, 2, 20)], ids=str)
+def test_ranges_of_a_function_that_differ_from_sequence_to_sequence(
+    processors: int, shape: tuple[int, ...]
+) -> None:
+    counts = torch.tensor([0, 36, 19], dtype=torch.int32)
+    features = {"mask_mod": prefixed(counts, ranges=True)}
+    problem = Case("ranges", 20, 36, 3, 2, 1, 8, features=features).draw(10)
+    bias = torch.randn(*shape, 36, requires_grad=True)
+    assert_touches_nothing_else(problem._replace(tensors=problem.tensors | {"bias": bias}))

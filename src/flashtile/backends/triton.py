@@ -22,7 +22,7 @@ from flashtile.backends.torch import Gradients
 from flashtile.kernels import backward as backward_kernels
 from flashtile.kernels import bias as bias_kernels
 from flashtile.kernels import forward as forward_kernels
-from flashtile.kernels import prepare
+from flashtile.kernels import masks, prepare
 from flashtile.kernels.config import BiasTile
 from flashtile.kernels.numbers import opaque
 from flashtile.kernels.views import RowView
@@ -210,14 +210,18 @@ def _bias_gradient(
     else:
         grad = empty((share.parts, *bias.shape), bias, torch.float32)
     a, dims = operands.arguments(call), (call.operands.q.shape[-1], call.operands.v.shape[-1])
+    variant = operands.variant(call, plan.nvidia)
     ragged = any(
         x is not None for s in (a.q_seq, a.k_seq) for x in (s.cu_seqlens, s.used, s.leftpad)
     )
+    # A user's ranges may read what they have for each sequence.
+    users = any(
+        x.place is masks.within_ends and x.keys is not masks.anywhere for x in variant.masks
+    )
     shape = bias_kernels.BiasShape(
         opaque(batches), opaque(heads), opaque(rows), columns, opaque(share.parts),
-        opaque(share.run), 1 if ragged else None,
+        opaque(share.run), 1 if ragged or users else None,
     )  # fmt: skip
-    variant = operands.variant(call, plan.nvidia)
     before, added, after = operands.around_bias(variant.score_mods)
     parted = bias_kernels.BiasVariant(before, after, variant.masks, variant.dropouts)
     one_row = bias_kernels.attention_backward_dbias_row

@@ -46,7 +46,7 @@ class BiasShape(NamedTuple):
     columns: Any
     parts: Any  # of the pairs of batch and head that share a tile, each with a sum of its own
     run: Any  # tiles beside each other that a program has
-    ragged: Any = None  # present where sequences may differ in length
+    ragged: Any = None  # present where sequences may differ in length, or in a user's ranges
 
 
 class Bias(NamedTuple):
