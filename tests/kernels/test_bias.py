@@ -8,6 +8,7 @@ import importlib
 import pytest
 import torch
 
+from flashtile import flash_attn_varlen_func
 from flashtile.testing import Case
 from flashtile.testing.allocations import assert_touches_nothing_else
 from flashtile.testing.functions import prefixed
@@ -72,3 +73,13 @@ def test_ranges_of_a_function_that_differ_from_sequence_to_sequence(
     problem = Case("ranges", 20, 36, 3, 2, 1, 8, features=features).draw(10)
     bias = torch.randn(*shape, 36, requires_grad=True)
     assert_touches_nothing_else(problem._replace(tensors=problem.tensors | {"bias": bias}))
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+def test_tokens_of_no_sequence(rows: int) -> None:
+    x = torch.randn(4, 2, 8, requires_grad=True)
+    bias = torch.randn(1, 2, rows, 4, requires_grad=True)
+    offsets = torch.zeros(1, dtype=torch.int32)
+    out = flash_attn_varlen_func(x, x, x, offsets, offsets, 4, 4, bias=bias)
+    for grad in torch.autograd.grad(out.sum(), (x, bias)):
+        assert grad.eq(0).all()

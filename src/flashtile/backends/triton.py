@@ -72,7 +72,7 @@ def backward(
     if call.sequences.block_table is not None or call.sequences.cache_batch_idx is not None:
         return paged.backward(call, plan, dout, dlse, out, lse, needs, backward)
     configs, tensors = _configs(plan), call.operands
-    if out.numel() == 0:
+    if out.numel() == 0 or call.batch == 0:  # nothing, or tokens of no sequence
         wanted = (tensors.q, tensors.k, tensors.v, tensors.bias, tensors.learnable_sink)
         return Gradients(*(
             x.new_zeros(x.shape) if x is not None and need else None
