@@ -3,15 +3,18 @@ time."""
 
 from __future__ import annotations
 
+import gc
 import importlib
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
-from flashtile import flash_attn_varlen_func
+from flashtile import flash_attn_func, flash_attn_varlen_func
 from flashtile.testing import Case
 from flashtile.testing.allocations import assert_touches_nothing_else
 from flashtile.testing.functions import prefixed
+from flashtile.testing.interpreter import interpreted
 
 LENGTHS = ((5, 20), (0, 3), (18, 17), (2, 0), (1, 1))
 
@@ -83,3 +86,14 @@ def test_tokens_of_no_sequence(rows: int) -> None:
     out = flash_attn_varlen_func(x, x, x, offsets, offsets, 4, 4, bias=bias)
     for grad in torch.autograd.grad(out.sum(), (x, bias)):
         assert grad.eq(0).all()
+
+
+def test_a_replay_keeps_no_bias(processors: int) -> None:
+    q = torch.randn(3, 4, 2, 8)
+    with interpreted(16, 16, capacity=16):
+        bias = torch.randn(1, 2, 4, 4, requires_grad=True)
+        memory = StorageWeakRef(bias.untyped_storage())
+        torch.autograd.grad(flash_attn_func(q, q, q, bias=bias).sum(), bias)
+        del bias
+        gc.collect()
+        assert memory.expired()

@@ -234,7 +234,8 @@ def _bias_gradient(
     ))  # fmt: skip
     if share.parts == 1:
         return grad
-    return make(lambda x: x.sum(0).to(bias.dtype), grad)
+    dtype = bias.dtype  # a replay keeps the function, and would keep the bias with it
+    return make(lambda x: x.sum(0).to(dtype), grad)
 
 
 def _dims_at_once(call: Call) -> int:
