@@ -8,9 +8,15 @@ import importlib
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from flashtile import flash_attn_func, flash_attn_varlen_func
+from flashtile.kernels.bias import BiasShape, open_pairs
+from flashtile.kernels.forward import Heads
+from flashtile.kernels.numbers import opaque
+from flashtile.kernels.views import Sequences
 from flashtile.testing import Case
 from flashtile.testing.allocations import assert_touches_nothing_else
 from flashtile.testing.functions import prefixed
@@ -97,3 +103,24 @@ def test_a_replay_keeps_no_bias(processors: int) -> None:
         del bias
         gc.collect()
         assert memory.expired()
+
+
+@triton.jit
+def _parts(found, shape, q_seq, heads):
+    part = tl.program_id(0)
+    pairs = open_pairs(shape, 0, part, q_seq, heads)
+    tl.store(found + 2 * part, pairs.begin)
+    tl.store(found + 2 * part + 1, pairs.count)
+
+
+@pytest.mark.parametrize("batch", [3, 2**17 + 1])
+def test_parts_of_many_sequences(batch: int) -> None:
+    """Together all pairs, none twice: of 2^23 pairs and more 264 parts as well."""
+    parts, found = min(264, 64 * batch), torch.zeros(264, 2, dtype=torch.int32)
+    shape = BiasShape(opaque(1), opaque(1), opaque(4), 4, opaque(parts), opaque(1))
+    sequences, heads = Sequences(opaque(batch), opaque(4)), Heads(opaque(64), opaque(1))
+    _parts[(parts,)](found, shape, sequences, heads)
+    begin, count = found[:parts].long().unbind(1)
+    assert torch.equal(begin, count.cumsum(0) - count)
+    assert count.sum() == 64 * batch
+    assert count.max() - count.min() <= 1

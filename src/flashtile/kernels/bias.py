@@ -107,9 +107,11 @@ def open_pairs(shape, plane, part, q_seq, heads):
     bias_heads, batches = number(shape.heads), number(shape.batches)
     sharing = number(heads.count) // bias_heads
     count, parts = number(q_seq.batch) // batches * sharing, number(shape.parts)
-    begin, end = count * part // parts, count * (part + 1) // parts
+    # The first ones have one more: count * part has more than 31 bits from 2^23 pairs on.
+    own, more = count // parts, count % parts
+    begin = part * own + tl.minimum(part, more)
     return Pairs(plane // bias_heads, plane % bias_heads, batches, bias_heads, sharing, begin,
-                 end - begin)  # fmt: skip
+                 own + (part < more).to(tl.int32))  # fmt: skip
 
 
 @triton.jit
