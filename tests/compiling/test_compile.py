@@ -329,7 +329,7 @@ def test_every_tile_is_compiled_for_every_kind_of_machine(tmp_path: Path) -> Non
                     if not case.new_tiles and case.only in ("", arch)}  # fmt: skip
         for feature in features:
             assert any(name.startswith(f"{feature} ") for name in found["kernels"][arch]), feature
-    assert found["count"] < 245  # 2.3 CPU seconds each, and CI has 15 minutes for all it does
+    assert found["count"] < 255  # 2.3 CPU seconds each, and CI has 15 minutes for all it does
     single = [name for name in found["kernels"]["sm_90"] if "float32" in name]  # all of NVIDIA's
     assert "causal float32 512 attention_backward_dq" in single
     assert "causal float32 256 attention_backward_dq" not in single  # the same 16 x 16

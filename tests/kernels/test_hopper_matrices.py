@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from flashtile.backends import hopper_backward, operands
+from flashtile.kernels.hopper.matrices import add_matrix_within
+from flashtile.kernels.scores import ScoreMod, add_matrix
 from flashtile.testing import Case
 from flashtile.testing.allocations import assert_touches_nothing_else
 
@@ -17,13 +19,19 @@ SHAPES = ((2, 4, 20, 36), (1, 4, 20, 36), (2, 1, 20, 36), (1, 1, 1, 36))
 
 @pytest.fixture(params=[2**31, 1], ids=["near", "far"], autouse=True)
 def _within(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
-    """Every matrix is added as there; "far": as one whose rows are."""
-    added = operands._added
+    """Every matrix is added as there, but for dbias, which is the portable kernels' own; "far": as
+    one whose rows are."""
+    added, around = operands._added, operands.around_bias
 
     def within(matrix: Tensor | None, unit: float) -> Any:
         mod = added(matrix, unit)
         return None if mod is None else hopper_backward.added_within(mod)
 
+    def plainly(mod: ScoreMod) -> ScoreMod:
+        ours = mod.fn is add_matrix_within
+        return mod._replace(fn=add_matrix, args=mod.args[:2]) if ours else mod
+
+    monkeypatch.setattr(operands, "around_bias", lambda mods: around(tuple(map(plainly, mods))))
     monkeypatch.setattr(hopper_backward, "FAR_ROWS", request.param)
     monkeypatch.setattr(operands, "_added", within)
 
