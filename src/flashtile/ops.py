@@ -374,9 +374,7 @@ def with_mask_blocks(call: Call) -> Call:
     whose grid of tiles would be quadratic in the number of tokens.
     """
     operands = call.operands
-    if operands.attn_mask is None and operands.document_ids_q is None:
-        return call
-    if not call.bounded or not classifies(operands.q.device.type):
+    if not call.classified or not classifies(operands.q.device.type):
         return call
     codes = torch.ops.flashtile.classify.default(*call.flat())
     return call._replace(operands=operands._replace(mask_blocks=codes))

@@ -146,6 +146,12 @@ class Call(NamedTuple):
         return not self.varlen or self.batch == 1 or UNBOUNDED not in longest
 
     @property
+    def classified(self) -> bool:
+        """Whether kernels get lists of blocks of masks that are given as tensors."""
+        given = self.operands.attn_mask is not None or self.operands.document_ids_q is not None
+        return given and self.bounded
+
+    @property
     def quantized(self) -> bool:
         """Whether k and v are e4m3, times scales."""
         return self.operands.k.dtype == E4M3

@@ -45,8 +45,7 @@ def launches(case: Case, arch: str) -> list[Launch]:
         for name in ("triton", chosen.backend, chosen.gradients)
     )
     with _recorded() as found:
-        masked = call.operands.document_ids_q is not None or call.operands.attn_mask is not None
-        if masked and call.bounded:
+        if call.classified:
             codes = blocklists.classify(call)
             call = call._replace(operands=call.operands._replace(mask_blocks=codes))
         for module in dict.fromkeys((portable, backend)):
