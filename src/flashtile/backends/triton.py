@@ -22,10 +22,11 @@ from flashtile.backends.torch import Gradients
 from flashtile.kernels import backward as backward_kernels
 from flashtile.kernels import bias as bias_kernels
 from flashtile.kernels import forward as forward_kernels
-from flashtile.kernels import masks, prepare
+from flashtile.kernels import prepare
 from flashtile.kernels.config import BiasTile
 from flashtile.kernels.numbers import opaque
 from flashtile.kernels.views import RowView
+from flashtile.mods.functions import mask_function
 from flashtile.plan import Plan
 from flashtile.problem import Call
 from flashtile.tiles import CHUNK, KernelConfig, KernelConfigs, chunk
@@ -96,8 +97,8 @@ def backward(
     return Gradients(dq, dk if needs[1] else None, dv if needs[2] else None, dbias, dsink)
 
 
-def _zeros(shape: Sequence[int], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    return make(partial(torch.zeros, shape, dtype=dtype or like.dtype, device=like.device))
+def _zeros(shape: Sequence[int], like: Tensor) -> Tensor:
+    return make(partial(torch.zeros, shape, dtype=like.dtype, device=like.device))
 
 
 def _configs(plan: Plan) -> KernelConfigs:
@@ -214,13 +215,11 @@ def _bias_gradient(
     ragged = any(
         x is not None for s in (a.q_seq, a.k_seq) for x in (s.cu_seqlens, s.used, s.leftpad)
     )
-    # A user's ranges may read what they have for each sequence.
-    users = any(
-        x.place is masks.within_ends and x.keys is not masks.anywhere for x in variant.masks
-    )
+    own = mask_function(call)
+    ranged = own is not None and own.keys is not None  # which may read a sequence's number
     shape = bias_kernels.BiasShape(
         opaque(batches), opaque(heads), opaque(rows), columns, opaque(share.parts),
-        opaque(share.run), 1 if ragged or users else None,
+        opaque(share.run), 1 if ragged or ranged else None,
     )  # fmt: skip
     before, added, after = operands.around_bias(variant.score_mods)
     parted = bias_kernels.BiasVariant(before, after, variant.masks, variant.dropouts)
