@@ -50,8 +50,10 @@ def test_biases_end_where_queries_and_keys_do(
 )  # fmt: skip
 @pytest.mark.parametrize("dim", [64, 128, 256])
 def test_biases_beside_others(dim: int, features: dict[str, Any], tensors: tuple[str, ...]) -> None:
-    """Dense and packed sequences."""
-    for lengths in ((), ((70, 100), (0, 9), (129, 1), (128, 0), (1, 64))):
+    """Dense and packed sequences. One key alone, with dropout, has dS of the rounding of out and of
+    nothing else, which eager attention rounds otherwise."""
+    few = 9 if "dropout_p" in features else 1
+    for lengths in ((), ((70, 100), (0, 9), (129, few), (128, 0), (1, 64))):
         case = Case("bias", 300, 300, 2, 4, 2, dim, lengths=lengths, features=features,
                     tensors=("bias", *tensors))  # fmt: skip
         assert_matches_reference(case.draw(dim, BF16, "cuda"))
