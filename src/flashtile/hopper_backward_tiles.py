@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from flashtile.hopper_tiles import LEAST_DIM
-from flashtile.problem import COMPUTED, ELEMENTWISE, MASK_BLOCK, AttentionProblem
+from flashtile.problem import COMPUTED, ELEMENTWISE, AttentionProblem
 
 DIMS = (64, 128, 256)
 """Head dims that the kernel is compiled for; others are padded up by TMA's zero fill."""
@@ -17,6 +17,9 @@ SHORT = 512
 MEDIUM = 2048
 """Keys up to which it counts at head dim 128 as well, where tiles wait longer for the first; twice
 as many of the longest of packed sequences, of which most are shorter."""
+
+STEEPEST = 8.0
+"""Slope of a user's score function for which sums of dQ as integers have room."""
 
 MISSING = frozenset({"cache_batch_idx", "cache_leftpad", "fp8_cache", "tree_mask"})
 """Features that the kernel does not do."""
@@ -32,10 +35,10 @@ bytes in four parts. One alone gains (H200, 16k tokens, portable / these, ms): s
 LISTED = frozenset({"attn_mask", "document_ids"})
 """Masks that lists of blocks come of."""
 
-COUNTED = LISTED | {"mask_mod"}
-"""Masks whose blocks are not those of a band: where tiles add in order they are counted from lists.
-A user's `keys` and `queries` are bounds that need not agree, and what waits for the tiles of one
-could wait for a tile that the other skips.
+SCATTERED = LISTED | {"mask_mod"}
+"""Masks whose blocks are not those of a band: nobody waits for the first tile that sees a block. A
+user's `keys` and `queries` are bounds that need not agree, and what waits for a tile of one could
+wait for a tile that the other skips.
 """
 
 
@@ -52,14 +55,14 @@ class HopperBackwardTile:
     dout_slots: int = 2  # as many of dO, or one
     block_n: int = 128  # keys of a tile, 64 for each of two warpgroups, or 64 for both
     kept: int = 0  # columns of K in registers
-    adds: str = "in any order"  # shares of dQ; or "after the first", or "in order"
-    chains: int = 1  # sums of each block's dQ, each added in an order of its own
-    pads: bool = False  # a list's blocks may begin past the end, and then have no sums
+    adds: str = "in any order"  # shares of dQ; or "after the first"
     lags: bool = False  # a step's share of dQ is that of the block before
     skips: bool = False  # a warpgroup passes over blocks that see none of its keys
     skips_last: bool = False  # those at the end of a walk from the last queries
     halves: bool = False  # a walk's first block may be done for the first half of its queries
     persistent: bool = False  # a CTA takes tile after tile
+    integers: bool = False  # sums of dQ, in whatever order, are the same bits: see `hopper.units`
+    steepest: float = 1.0  # slope of the scores for which they have room
     parts: int = 1  # in which scores become gradients, where these need many registers
     registers: int = 240  # of each consumer thread
     producer_registers: int = 24
@@ -75,13 +78,19 @@ class HopperBackwardTile:
         return self.adds != "in any order"
 
     @property
+    def row_numbers(self) -> int:
+        """How many the main kernel gets of each query: lse, delta, perhaps its units."""
+        return 3 if self.integers else 2
+
+    @property
     def shared_bytes(self) -> int:
         """Barriers take less than 512 bytes more."""
         keys = 2 * (self.padded + self.padded_v) * self.block_n
         queries = (2 * self.padded + 4) * self.block_m * self.slots
         douts = (2 * self.padded_v + 4) * self.block_m * self.dout_slots
+        units = 8 * self.block_m * self.slots if self.integers else 0
         ds, dq = 4 * 2 * 64 * self.block_m, 2 * 4 * 64 * 64
-        return keys + queries + douts + ds + dq
+        return keys + queries + douts + units + ds + dq
 
 
 def cannot_backward(problem: AttentionProblem, deterministic: bool = False) -> str | None:
@@ -97,8 +106,6 @@ def cannot_backward(problem: AttentionProblem, deterministic: bool = False) -> s
         reason = "does not do paged sequences yet"
     elif missing:
         reason = f"does not do {missing[0]} yet"
-    elif deterministic and "unbounded_mask_mod" in problem.features:
-        reason = "adds dQ in order under a mask_mod where the longest sequences are known"
     elif problem.features >= {"dropout", "score_mod"}:
         reason = "does dropout only with slopes that are not below 0"
     elif head_dim <= DIMS[0] and len(crowded := sorted(problem.features & CROWDED)) > 1:
@@ -121,30 +128,9 @@ def backward_tile(problem: AttentionProblem, deterministic: bool = False) -> Hop
         tile = HopperBackwardTile(dim, dim_v, padded, padded, block_m, persistent=True)
         tile = replace(tile, parts=_parts(problem), **_schedule(problem, padded))
     if deterministic:
-        counted = bool(problem.features & COUNTED)
-        tile = replace(
-            tile, adds="in order", persistent=False, chains=_chains(problem, tile),
-            pads=counted and tile.block_m < MASK_BLOCK, skips=tile.skips and not counted,
-        )  # fmt: skip
+        steepest = STEEPEST if "score_mod" in problem.features else 1.0
+        tile = replace(tile, integers=True, steepest=steepest)
     return tile
-
-
-def _chains(problem: AttentionProblem, tile: HopperBackwardTile) -> int:
-    """Sums of a block's dQ where it is added in order. Of three, tile t adds to sum t % 3, behind
-    tile t - 3 instead of tile t - 1.
-
-    Head dim 256, causal, time over one sum (H200; with the 8 bytes more to read of each element at
-    the end): three, 4k 0.89 to 0.98, 8k 0.82 to 0.90, 16k 0.84 to 0.98, packed 0.87 to 0.96. Two of
-    groups of two query heads 0.85, of four 0.70 (three 0.86 to 0.90 and 0.76), of eight 1.17.
-    Elsewhere L2 costs more: full attention 1.02 to 1.05, windows 1.27, smaller head dims 0.96 to
-    1.07.
-    """
-    if problem.features & COUNTED:  # one of each tile that shares a list's count
-        return MASK_BLOCK // tile.block_n
-    causal = problem.window_right >= 0 and not problem.windowed
-    if problem.head_dim <= 192 or not causal or problem.group > 4:
-        return 1
-    return 3 if problem.group == 1 else 2
 
 
 def _parts(problem: AttentionProblem) -> int:
@@ -200,7 +186,7 @@ def _schedule(problem: AttentionProblem, padded: int) -> dict[str, Any]:
     # tiles, and none where they take one: 16k 4.49 -> 5.01 ms.
     spills = dense and not narrow and "alibi_slopes" in problem.features
     gains = narrow or (problem.group == 1 and problem.seqlen_k <= longest)
-    if gains and not problem.windowed and not problem.features & COUNTED:
+    if gains and not problem.windowed and not problem.features & SCATTERED:
         return {
             "lags": True,
             "skips_last": not narrow,
@@ -215,4 +201,4 @@ def _schedule(problem: AttentionProblem, padded: int) -> dict[str, Any]:
 def _short(problem: AttentionProblem) -> bool:
     """Whether so few keys are seen that clearing counts, by a mask that a tile may wait under."""
     few = problem.layout == "dense" and problem.seqlen_k <= SHORT
-    return few and not problem.features & COUNTED
+    return few and not problem.features & SCATTERED

@@ -317,8 +317,6 @@ def _features(call: Call) -> frozenset[str]:
     if variant.dropout_p > 0.0:
         names.add("dropout")
     names |= {name for name in ("score_mod", "mask_mod") if getattr(variant, name)}
-    if variant.mask_mod and not call.bounded:
-        names.add("unbounded_mask_mod")  # beside "mask_mod"
     return frozenset(names)
 
 

@@ -3,10 +3,9 @@ to dQ: the kernel's own source, run on CPU tensors."""
 
 from __future__ import annotations
 
-import heapq
 import itertools
 import random
-from collections import Counter, defaultdict
+from collections import Counter
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -53,11 +52,8 @@ LANGUAGE = SimpleNamespace(
 def _on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     tiles = "find_keys _blocks_of start_walk go_on hidden_steps row_of block_of first_block"
     for module, names in (
-        (key_tiles, [*tiles.split(), "turn", "sums_of", "tiles_before"]),
-        (
-            query_lists,
-            ["open_list", "place_of", "row_there", "ordered_place", "listed_before", "find_sums"],
-        ),
+        (key_tiles, [*tiles.split(), "tiles_before"]),
+        (query_lists, ["open_list", "place_of", "row_there", "find_sums"]),
     ):
         for name in names:
             monkeypatch.setattr(module, name, getattr(module, name).fn)
@@ -70,9 +66,8 @@ def _on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
                          (walk, "block_start")):  # fmt: skip
         monkeypatch.setattr(module, name, getattr(schedule, name).fn)
     monkeypatch.setattr(query_lists, "listed_place", walk.listed_place.fn)
-    for name in ("block_of", "row_of", "sums_of", "tiles_before"):
+    for name in ("block_of", "row_of", "tiles_before"):
         monkeypatch.setattr(query_lists, name, getattr(key_tiles, name))
-    monkeypatch.setattr(query_lists, "LIST_BLOCK", schedule.LIST_BLOCK.value)
     monkeypatch.setattr(query_lists, "pinned", lambda n: torch.tensor(_number(n)))
     for name in ("PARTIAL", "RUN", "SCATTERED"):
         monkeypatch.setattr(walk, name, getattr(schedule, name).value)
@@ -146,8 +141,8 @@ class Step(NamedTuple):
     tile: tuple[int, ...]  # batch, KV head, first key
     head: int
     row: int
-    block: int  # of its sums, where it has several
-    before: int  # tiles that add to them before this one does
+    block: int
+    before: int  # tiles that see it before this one does
 
 
 def _call(heads: int, kv_heads: int, lengths: list[tuple[int, int]], **given: Any) -> Call:
@@ -193,43 +188,31 @@ def _device_arguments(call: Call, tile: HopperBackwardTile, parts: int) -> tuple
     return q_seq, k_seq, work
 
 
-def _steps(
-    call: Call, tile: HopperBackwardTile, parts: int = 1, chunk: int = 1,
-    lists: schedule.BlockList | None = None,
-) -> list[list[Step]]:  # fmt: skip
+def _steps(call: Call, tile: HopperBackwardTile, parts: int = 1) -> list[list[Step]]:
     """What each tile adds, tile by tile as the launch counts them."""
     launch = _launch(call, tile, parts)
-    seen = () if lists is not None else launch.arguments[-4].masks
+    seen = launch.arguments[-4].masks
     q_seq, k_seq, work = _device_arguments(call, tile, parts)
-    work = work._replace(chunk=opaque(chunk))
     found = []
     assert launch.grid in (1, _number(work.key_tiles) * _number(work.pairs))
     for number in range(_number(work.key_tiles) * _number(work.pairs)):
-        keys = key_tiles.find_keys(work, torch.tensor(number), q_seq, k_seq, seen, lists, tile)
+        keys = key_tiles.find_keys(work, torch.tensor(number), q_seq, k_seq, seen, None, tile)
         if keys.key < 0:  # nobody's slot
             found.append([])
             continue
         steps: list[Step] = []
         walk = key_tiles.start_walk(keys, work, tile)
         base = key_tiles.first_block(work, q_seq, keys.batch, tile)
-        there = int(keys.blocks) * _number(work.heads.group)
         span = _open_sequence(q_seq, keys.batch)
-        way = None if lists is None else query_lists.open_list(lists, keys, work, k_seq, tile)
-        for _ in range(there + (lists is not None)):  # a list's writer looks one block further
-            sums, before = query_lists.find_sums(keys, walk, way, base, span, q_seq, k_seq, seen,
-                                                 lists, work, tile)  # fmt: skip
-            place = int(query_lists.place_of(lists, way, keys, walk, span, tile))
-            row = place if lists is None else place & -2
+        for _ in range(int(keys.blocks) * _number(work.heads.group)):
+            block, before = query_lists.find_sums(keys, walk, None, base, span, q_seq, k_seq, seen,
+                                                  None, work, tile)  # fmt: skip
+            row = int(query_lists.place_of(None, None, keys, walk, span, tile))
             where = (int(keys.batch), int(keys.kv_head) // parts, int(keys.key))
-            steps.append(Step(where, int(walk.head), row, int(sums), int(before)))
+            steps.append(Step(where, int(walk.head), row, int(block), int(before)))
             walk = key_tiles.go_on(walk, keys, work, tile)
-        found.append([x for x in steps[:there] if x.before >= 0])  # others add to nothing
+        found.append(steps)
     return found
-
-
-def _comes_in_chunks(shape: Any, keywords: dict[str, Any]) -> bool:
-    """Dense, of head dims up to 128."""
-    return len(set(shape[2])) == 1 and keywords.get("dim") != 256
 
 
 CALLS: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -243,12 +226,12 @@ CALLS: dict[str, tuple[Any, dict[str, Any]]] = {
     "short chunk": ((2, 2, [(300, 420)] * 2), {"attention_chunk": 130, "dim": 64}),
     "chunk and band": ((2, 1, [(700, 500)]), {"attention_chunk": 190, "window_size": (100, 60)}),
     "shared": ((4, 1, [(600, 1300)]), {"causal": True}),
-    "chains": ((2, 2, [(700, 700), (300, 500)]), {"causal": True, "dim": 256}),
-    "groups of chains": ((4, 2, [(500, 650)] * 2), {"causal": True, "dim": 256}),
+    "wide": ((2, 2, [(700, 700), (300, 500)]), {"causal": True, "dim": 256}),
+    "wide groups": ((4, 2, [(500, 650)] * 2), {"causal": True, "dim": 256}),
     "used": ((4, 2, [(150, 120), (0, 300), (500, 660)]),
              {"causal": True, "rooms": [(500, 700)] * 3}),
     "packed": ((4, 2, [(300, 300), (0, 70), (129, 1), (64, 200)]), {"causal": True}),
-    "packed chains": ((2, 2, [(300, 300), (0, 70), (129, 1), (64, 200)]),
+    "packed wide": ((2, 2, [(300, 300), (0, 70), (129, 1), (64, 200)]),
                       {"causal": True, "dim": 256}),
     "packed chunk": ((4, 2, [(300, 300), (0, 70), (129, 1), (64, 200)]),
                      {"causal": True, "attention_chunk": 90}),
@@ -256,7 +239,7 @@ CALLS: dict[str, tuple[Any, dict[str, Any]]] = {
                     {"causal": True, "rooms": [(300, 300), (10, 70), (129, 400)]}),
     "unlisted": ((4, 2, [(300, 300), (0, 70), (129, 1)]),
                  {"causal": True, "document_ids": tuple(torch.zeros(n).int() for n in (439, 381))}),
-    "unlisted chains": ((2, 1, [(300, 300), (0, 70), (129, 1)]),
+    "wide unlisted": ((2, 1, [(300, 300), (0, 70), (129, 1)]),
                         {"document_ids": tuple(torch.zeros(n).int() for n in (439, 381)),
                          "dim": 256}),
     "function": ((4, 2, [(500, 420)] * 2), {"mask_mod": FUNCTION, "dim": 64}),
@@ -266,20 +249,15 @@ CALLS: dict[str, tuple[Any, dict[str, Any]]] = {
 }  # fmt: skip
 PARTS = {"grouped": 3, "more queries": 3, "shared": 2, "packed": 2}
 WHOLE_AND_PARTS = [*((name, 1) for name in CALLS), *PARTS.items()]
-CHUNKS = [*((*x, 1) for x in WHOLE_AND_PARTS),
-          *((*x, 4) for x in WHOLE_AND_PARTS if _comes_in_chunks(*CALLS[x[0]]))]  # fmt: skip
 _all_calls = pytest.mark.parametrize(("name", "parts"), WHOLE_AND_PARTS)
-_all_chunks = pytest.mark.parametrize(("name", "parts", "chunk"), CHUNKS)
 
 
 @_all_calls
-@pytest.mark.parametrize("deterministic", [False, True])
-def test_tiles_add_to_every_block_that_sees_them_once(
-    name: str, parts: int, deterministic: bool
-) -> None:
+@pytest.mark.parametrize("adds", ["in any order", "after the first"])
+def test_tiles_add_to_every_block_that_sees_them_once(name: str, parts: int, adds: str) -> None:
     arguments, keywords = CALLS[name]
     call = _call(*arguments, **keywords)
-    tile = backward_tile(describe(call), deterministic)
+    tile = replace(backward_tile(describe(call)), adds=adds)
     steps = [x for tile in _steps(call, tile, parts) for x in tile]
     found = {(*x.tile, x.head, x.row) for x in steps}
     assert len(found) == len(steps)
@@ -299,7 +277,7 @@ def test_tiles_add_to_every_block_that_sees_them_once(
                         assert (batch, head * kv_heads // heads, key, head, row) in found
 
 
-def _work_through(tiles: list[list[Step]], ctas: int, ordered: bool) -> None:
+def _work_through(tiles: list[list[Step]], ctas: int) -> None:
     """By CTAs that take the next number at a tile's last blocks, until none of them can go on."""
     chance, numbers = random.Random(ctas), iter(range(len(tiles)))
     locks, left = Counter[int](), [len(steps) for steps in tiles]
@@ -313,26 +291,26 @@ def _work_through(tiles: list[list[Step]], ctas: int, ordered: bool) -> None:
         while own and not left[own[0]]:
             own.pop(0)
         step = tiles[own[0]][-left[own[0]]] if own else None
-        if step and locks[step.block] >= (step.before if ordered else min(step.before, 1)):
-            if ordered or step.before == 0:
-                assert locks[step.block] == step.before
-                locks[step.block] += 1
+        if step and locks[step.block] >= min(step.before, 1):
+            if step.before == 0:
+                assert locks[step.block] == 0
+                locks[step.block] = 1
             left[own[0]] -= 1
             idle = 0
     assert not any(left)
 
 
-@_all_chunks
-def test_tiles_wait_for_those_with_lower_numbers(name: str, parts: int, chunk: int) -> None:
-    """For all that add to a block, so that the order is one of the shape alone, or for the first
-    one; never for one that no CTA has taken, however few there are at a time."""
+@pytest.mark.parametrize(
+    ("name", "parts"), [x for x in WHOLE_AND_PARTS if "mask_mod" not in CALLS[x[0]][1]]
+)
+def test_tiles_wait_for_those_with_lower_numbers(name: str, parts: int) -> None:
+    """For the first one that adds to a block; never for one that no CTA has taken, however few
+    there are at a time."""
     arguments, keywords = CALLS[name]
     call = _call(*arguments, **keywords)
-    for adds in ("in order", "after the first")[: 1 if chunk > 1 else 2]:
-        tile = replace(backward_tile(describe(call), deterministic=True), adds=adds)
-        tiles = _steps(call, tile, parts, chunk)
-        for ctas in (1, 2, 5, len(tiles)):
-            _work_through(tiles, ctas, adds == "in order")
+    tiles = _steps(call, replace(backward_tile(describe(call)), adds="after the first"), parts)
+    for ctas in (1, 2, 5, len(tiles)):
+        _work_through(tiles, ctas)
 
 
 @_all_calls
@@ -340,7 +318,7 @@ def test_a_walk_ends_with_the_steps_that_a_warpgroup_passes_over(name: str, part
     """All but one of those whose queries come before all that see its keys."""
     arguments, keywords = CALLS[name]
     call = _call(*arguments, **keywords)
-    tile = replace(backward_tile(describe(call), deterministic=True), skips_last=True)
+    tile = replace(backward_tile(describe(call)), adds="after the first", skips_last=True)
     launch = _launch(call, tile, parts)
     work = launch.arguments[-2]
     for steps in _steps(call, tile, parts):
@@ -381,29 +359,12 @@ def _list(codes: Tensor) -> schedule.BlockList:
         run = len(full) if len(full) and full[-1] - full[0] + 1 == len(full) else 0
         first = int(full[0]) if len(full) else 0
         counts[where] = torch.tensor([len(partial), len(full) - run, run, first])
-    return _laid_out(entries, counts)
-
-
-def _laid_out(entries: Tensor, counts: Tensor, *before: Tensor) -> schedule.BlockList:
     batches, heads, tiles, blocks = entries.shape
     return schedule.BlockList(
         Pointer(entries.flatten()), Pointer(counts.flatten()),
         opaque(heads * tiles if batches > 1 else 0), opaque(tiles if heads > 1 else 0),
-        opaque(blocks), *(Pointer(x.flatten()) for x in before),
+        opaque(blocks),
     )  # fmt: skip
-
-
-def _ordered_list(codes: Tensor) -> schedule.BlockList:
-    """The same where tiles add in order."""
-    by_keys = codes.transpose(-1, -2)
-    entries = torch.full(by_keys.shape, 10**6, dtype=torch.int32)
-    counts = torch.zeros(*by_keys.shape[:-1], 4, dtype=torch.int32)
-    for where in itertools.product(*map(range, by_keys.shape[:-1])):
-        seen = by_keys[where].nonzero().flatten()
-        entries[where][: len(seen)] = (2 * seen + (by_keys[where][seen] == 1)).int()
-        counts[where][0] = len(seen)
-    seen = (by_keys > 0).int()
-    return _laid_out(entries, counts, seen.cumsum(-2) - seen)
 
 
 @pytest.mark.parametrize("per_head", [False, True])
@@ -442,84 +403,3 @@ def test_listed_blocks_are_walked_once(dim: int, queries: int, per_head: bool) -
         if code:
             wanted.append((batch, head, key, row + int(code == 1 or row >= queries)))
     assert sorted(found) == sorted(wanted)
-
-
-LISTED: dict[str, tuple[list[tuple[int, int]], dict[str, Any]]] = {
-    "dense": ([(700, 400)] * 2, {}),
-    "even": ([(768, 512)] * 2, {}),
-    "few keys": ([(330, 60)] * 2, {}),
-    "used": ([(150, 120), (0, 300), (500, 660)], {"rooms": [(500, 700)] * 3}),
-    "packed": ([(300, 300), (0, 70), (129, 1), (64, 200), (190, 330)], {}),
-}
-
-
-@pytest.mark.parametrize("dim", [64, 128, 256])
-@pytest.mark.parametrize(("heads", "batches"), [(1, 0), (4, 0), (1, 1)])
-@pytest.mark.parametrize("name", LISTED)
-def test_listed_blocks_are_added_to_in_the_order_of_tiles(
-    name: str, heads: int, batches: int, dim: int
-) -> None:
-    """All that there are and see a block, counted from 0, each once; walks go from the last block
-    to the first, and what begins past the end adds to nothing. `batches`: one mask for all."""
-    lengths, keywords = LISTED[name]
-    if batches and len(set(lengths)) > 1:
-        pytest.skip("sequences of other lengths have masks of their own")
-    call = _call(4, 2, lengths, dim=dim, **keywords)
-    listed = replace(describe(call), features=describe(call).features | {"attn_mask"})
-    tile, parts = backward_tile(listed, deterministic=True), 2 if heads > 1 else 1
-    longest = [-(-max(x) // 128) for x in zip(*keywords.get("rooms", lengths), strict=True)]
-    codes = torch.randint(0, 3, (batches or len(lengths), heads, *longest),
-                          generator=torch.Generator().manual_seed(dim))  # fmt: skip
-    for batch, (queries, keys) in enumerate(lengths[: len(codes)]):
-        codes[batch, :, -(-queries // 128) :] = 0
-        codes[batch, :, :, -(-keys // 128) :] = 0
-    lists = _ordered_list(codes)
-    tiles, found = _steps(call, tile, parts, lists=lists), set()
-    locks = Counter[int]()
-    for steps in tiles:
-        for step in steps:
-            assert locks[step.block] == step.before
-            locks[step.block] += 1
-            batch, _, key = step.tile
-            assert step.row < lengths[batch][0]
-            found.add((batch, step.head, key, step.row))
-        rows = [x.row for x in steps]
-        assert rows == sorted(rows, reverse=True)
-    assert len(found) == sum(map(len, tiles))
-    for batch, (queries, keys) in enumerate(lengths):
-        for head, key, row in itertools.product(
-            range(4), range(0, keys, tile.block_n), range(0, queries, tile.block_m)
-        ):
-            seen = codes[batch % len(codes), head % heads, row // 128, key // 128] > 0
-            assert ((batch, head, key, row) in found) == bool(seen)
-    for ctas in (1, 3, len(tiles)):
-        _work_through(tiles, ctas, True)
-
-
-def _duration(tiles: list[list[Step]], ctas: int, ordered: bool) -> float:
-    """Steps until the last tile is done, where a share is in memory two thirds of a step after it
-    was computed, and a CTA computes one more while it waits to add one."""
-    free, locks = [0.0] * ctas, defaultdict[int, float](float)
-    for steps in tiles:
-        computed = added = 2.0 + heapq.heappop(free)
-        for step in steps:
-            computed = max(computed + 1, added)
-            added = max(computed, locks[step.block] if ordered else 0)
-            locks[step.block] = added + 0.66
-        heapq.heappush(free, added)
-    return max(free)
-
-
-@pytest.mark.parametrize(
-    ("heads", "kv_heads", "batch", "keywords"),
-    [(8, 2, 1, {"causal": True}), (4, 1, 4, {}), (4, 4, 2, {"causal": True}),
-     (8, 8, 1, {"causal": True, "window_size": (300, 0)}),
-     (8, 8, 1, {"causal": True, "attention_chunk": 384})],
-)  # fmt: skip
-def test_tiles_hardly_wait_for_each_other(
-    heads: int, kv_heads: int, batch: int, keywords: dict[str, Any]
-) -> None:
-    """On 16 CTAs; with a group walked head by head the first case takes 1.25 times as long."""
-    call = _call(heads, kv_heads, [(1536, 1536)] * batch, **keywords)
-    tiles = _steps(call, backward_tile(describe(call), deterministic=True))
-    assert _duration(tiles, 16, True) < 1.05 * _duration(tiles, 16, False)

@@ -3,22 +3,17 @@ over several of the tiles of 128 that a GPU uses."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
-from flashtile import MaskFunction, ops
+from flashtile import ops
 from flashtile.api import normalise
-from flashtile.backends import blocklists, replays
-from flashtile.kernels.masks import Range
+from flashtile.backends import blocklists
 from flashtile.problem import Call
 from flashtile.testing import Case, Problem, assert_matches_reference, run
-from flashtile.testing.functions import prefix_queries, recent_queries
 from flashtile.testing.interpreter import interpreted
 
 EDGE = 32
@@ -143,143 +138,6 @@ def test_lists(window: tuple[int | None, int | None], transposed: bool) -> None:
         assert scattered == 0 or (run == 0 and max(found) - min(found) >= scattered)
 
 
-@pytest.mark.parametrize("window", WINDOWS, ids=str)
-def test_lists_in_order(
-    window: tuple[int | None, int | None], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Blocks ascending with whether they need masks, and how many tiles before have each of them in
-    their lists: several at a time, of more than those."""
-    monkeypatch.setattr(blocklists, "TILES", 4)
-    monkeypatch.setattr(blocklists, "BLOCKS", 2)
-    heads = 1 + WINDOWS.index(window) % 2
-    seen = _patchwork(2, heads, 96, 330)
-    call = ops.with_mask_blocks(_call(96, 330, attn_mask=seen, window_size=window))
-    lists = blocklists.by_keys(call, in_order=True)
-    assert lists is not None
-    some, every = (x.transpose(-1, -2) for x in _left(seen, window))
-    assert torch.equal(lists.before, (some.cumsum(-2) - some.int()).int())
-    for entries, counts, wanted, full in zip(
-        *(x.flatten(0, 2) for x in (lists.entries, lists.counts, some, every)), strict=True
-    ):
-        blocks = wanted.nonzero()[:, 0]
-        assert counts[:3].tolist() == [len(blocks), 0, 0]
-        assert entries[: len(blocks)].tolist() == (2 * blocks + ~full[blocks]).tolist()
-
-
-@triton.jit
-def far_queries(first, last, q, k, args):
-    """Bounds of 64 bits, beyond both ends, and of another sequence from the second on."""
-    start = tl.load(args[0] + k.batch)
-    return Range(first + start, last + start, 2**40 + start * 0, 2**41 + start * 0)
-
-
-@triton.jit
-def no_queries(first, last, q, k, args):
-    return Range(60, -(2**40), 2**40, 20)
-
-
-@triton.jit
-def any_keys(first, last, q, k, args):
-    return Range(50, 50, 60, 60)
-
-
-@triton.jit
-def anything(at, args):
-    return at.k_idx >= 0
-
-
-RANGES: dict[str, Any] = {
-    "far": far_queries, "contradictory": no_queries, "prefix": prefix_queries,
-    "recent": recent_queries,
-}  # fmt: skip
-
-
-def _range_of(name: str, first: Tensor, start: int, length: int) -> tuple[Tensor, ...]:
-    """(lo, full_lo, full_hi, hi) of tiles of EDGE keys from `first` on."""
-    last, end = first + EDGE - 1, torch.full_like(first, length)
-    zero = torch.zeros_like(first)
-    if name == "far":
-        return first + start, last + start, end, end
-    if name == "contradictory":
-        return zero + 60, zero, end, zero + 20
-    if name == "prefix":
-        return first * (first >= start), last * (last >= start), end, end
-    return zero, zero, first + 200, torch.where(first < 4, end, last + 200)
-
-
-@pytest.mark.parametrize("window", [(None, None), (None, 0), (40, 10)], ids=str)
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("name", RANGES)
-def test_lists_of_ranges_in_order(
-    name: str, packed: bool, window: tuple[int | None, int | None]
-) -> None:
-    """Of a user's range of queries alone and the band's, whatever is said of keys: a block is full
-    where both say so and the keys do not end in the tile."""
-    starts = torch.tensor([-70, 33])
-    mask_mod = MaskFunction(anything, (starts,), any_keys, RANGES[name])
-    lengths = [(300, 330), (70, 100)] if packed else [(300, 330)] * 2
-    keywords: dict[str, Any] = {"mask_mod": mask_mod, "window_size": window}
-    q, k = torch.randn(2, 300, 2, 8), torch.randn(2, 330, 1, 8)
-    if packed:
-        q, k = q.flatten(0, 1), k.flatten(0, 1)
-        cu_q, cu_k = (
-            torch.tensor([0, n, n + m], dtype=torch.int32) for n, m in zip(*lengths, strict=True)
-        )
-        keywords |= {"cu_seqlens_q": cu_q, "cu_seqlens_k": cu_k, "max_seqlen_q": 300,
-                     "max_seqlen_k": 330}  # fmt: skip
-    lists = blocklists.by_keys(normalise(q, k, k, **keywords), in_order=True)
-    assert lists is not None
-    assert lists.entries.shape == (2, 1, 11, 10)
-    for batch, (seqlen_q, seqlen_k) in enumerate(lengths):
-        distance = torch.arange(seqlen_k) - torch.arange(seqlen_q)[:, None] - (seqlen_k - seqlen_q)
-        left, right = (1000 if side is None else side for side in window)
-        in_band = _tiles((distance >= -left) & (distance <= right))
-        first, block = torch.arange(11)[:, None] * EDGE, torch.arange(10) * EDGE
-        lo, full_lo, full_hi, hi = _range_of(name, first, int(starts[batch]), seqlen_q)
-        seen = (block < hi) & (block + EDGE > lo) & (block < seqlen_q) & (first < seqlen_k)
-        full = (block >= full_lo) & (block + EDGE <= full_hi.clamp(max=seqlen_q))
-        full = full & (first + EDGE <= seqlen_k)
-        rows, columns = in_band.shape[:2]
-        seen[:columns, :rows] &= in_band.any((-1, -2)).T
-        full[:columns, :rows] &= in_band.all((-1, -2)).T
-        assert torch.equal(lists.before[batch, 0], (seen.cumsum(0) - seen.int()).int())
-        for tile in range(11):
-            blocks = seen[tile].nonzero()[:, 0]
-            assert lists.counts[batch, 0, tile, :3].tolist() == [len(blocks), 0, 0]
-            entries = lists.entries[batch, 0, tile, : len(blocks)]
-            assert entries.tolist() == (2 * blocks + ~full[tile][blocks]).tolist()
-
-
-def test_ranges_are_listed_where_tiles_add_in_order_alone() -> None:
-    """And where there is one of queries: without, tiles see what the band leaves."""
-    for queries, keys in ((None, any_keys), (None, None), (no_queries, None)):
-        call = _call(70, 100, mask_mod=MaskFunction(anything, keys=keys, queries=queries))
-        assert blocklists.by_keys(call) is None
-        assert blocklists.by_queries(call) is None
-        assert (blocklists.by_keys(call, in_order=True) is None) == (queries is None)
-
-
-def test_lists_of_ranges_are_replayed() -> None:
-    """With the tensors that the range reads."""
-
-    def listed(tensors: Sequence[Tensor]) -> tuple[Any, ...]:
-        q, k, starts = tensors
-        mask_mod = MaskFunction(anything, (starts,), queries=far_queries)
-        lists = blocklists.by_keys(normalise(q, k, k, mask_mod=mask_mod), in_order=True)
-        assert lists is not None
-        return lists.entries, lists.counts, lists.before
-
-    given = [(*_call(300, 330).operands[:2], torch.tensor(x)) for x in ([-9, 200], [99, -40])]
-    expected = [listed(x)[1:] for x in given]
-    assert not torch.equal(expected[0][1], expected[1][1])
-    with interpreted(list_block=EDGE, capacity=64):
-        for _ in range(2):
-            for tensors, wanted in zip(given, expected, strict=True):
-                found = replays.run("lists", tensors, listed)[1:]
-                assert all(map(torch.equal, found, wanted))
-        assert list(map(bool, replays._replays.values())) == [True]
-
-
 def _long(**features: Any) -> Problem:
     return Case("long", 300, 260, 1, 1, 1, 8, features=features).draw(1)
 
@@ -335,8 +193,8 @@ def test_rows_past_the_last_offset_have_no_list(monkeypatch: pytest.MonkeyPatch)
     """Behind the lists lie traps: one full block, of NaN."""
     lists_of = blocklists._lists
 
-    def trapped(call: Call, transposed: bool, in_order: bool = False) -> Any:
-        lists = lists_of(call, transposed, in_order)
+    def trapped(call: Call, transposed: bool) -> Any:
+        lists = lists_of(call, transposed)
         assert lists is not None
         counts = torch.tensor([0, 1, 1, 1], dtype=torch.int32).repeat(100)
         entries = torch.ones(100, dtype=torch.int32)

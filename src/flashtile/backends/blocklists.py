@@ -1,5 +1,4 @@
-"""Block lists of masks given as tensors: classified once a call, listed for each direction. Of a
-user's ranges where tiles add in order."""
+"""Block lists of masks given as tensors: classified once a call, listed for each direction."""
 
 from __future__ import annotations
 
@@ -14,13 +13,9 @@ from flashtile.backends.replays import empty
 from flashtile.kernels import blocks as kernels
 from flashtile.kernels.numbers import opaque
 from flashtile.kernels.schedule import BlockList
-from flashtile.mods.functions import mask_function
 from flashtile.problem import Call, mask_grid
 
 CHUNK_CODES = 256
-
-TILES, BLOCKS = 128, 32
-"""Of lists, that are counted together."""
 
 
 class _Shape(NamedTuple):
@@ -48,47 +43,34 @@ def by_queries(call: Call) -> BlockList | None:
     return _lists(call, transposed=False)
 
 
-def by_keys(call: Call, in_order: bool = False) -> BlockList | None:
-    """For each tile of keys the blocks of queries that see it; in_order: with how many tiles before
-    it each of them sees, and where a user's function has a range of queries, too."""
-    return _lists(call, transposed=True, in_order=in_order)
+def by_keys(call: Call) -> BlockList | None:
+    """For each tile of keys the blocks of queries that see it."""
+    return _lists(call, transposed=True)
 
 
-def _grid(codes: Tensor | None, shape: _Shape) -> kernels.CodeGrid:
+def _grid(codes: Tensor, shape: _Shape) -> kernels.CodeGrid:
     return kernels.CodeGrid(codes, *map(opaque, shape))
 
 
-def _bounds_queries(call: Call) -> bool:
-    own = mask_function(call)
-    return own is not None and own.queries is not None
-
-
-def _lists(call: Call, transposed: bool, in_order: bool = False) -> BlockList | None:
+def _lists(call: Call, transposed: bool) -> BlockList | None:
     q, codes = call.operands.q, call.operands.mask_blocks
-    if codes is None and not (in_order and _bounds_queries(call)):
+    if codes is None:
         return None
-    shape = _Shape(*(mask_grid(call) if codes is None else codes.shape))
+    shape = _Shape(*codes.shape)
     own, other = shape.q_tiles, shape.k_tiles
     if transposed:
         own, other = other, own
     entries = empty((shape.batches, shape.heads, own, other), q, torch.int32)
     counts = empty((shape.batches, shape.heads, own, 4), q, torch.int32)
-    listed = empty(entries.shape, q, torch.int32) if in_order else None
     run(Launch(
         kernels.list_blocks, shape.batches * shape.heads * own,
-        (_grid(codes, shape), entries, counts, listed, operands.query_sequences(call),
+        (_grid(codes, shape), entries, counts, operands.query_sequences(call),
          operands.key_sequences(call), operands.band(call) + operands.mask_functions(call),
          opaque(shape.heads), transposed, CHUNK_CODES),
     ))  # fmt: skip
-    if listed is not None:
-        run(Launch(
-            kernels.count_tiles, shape.batches * shape.heads * -(-other // BLOCKS),
-            (listed, opaque(own), opaque(other), TILES, BLOCKS),
-        ))  # fmt: skip
     return BlockList(
         entries, counts,
         opaque(shape.heads * own if shape.batches > 1 else 0),
         opaque(own if shape.heads > 1 else 0),
         opaque(other),
-        () if listed is None else listed,
     )  # fmt: skip

@@ -1,7 +1,8 @@
-"""The Hopper backward's host side: three launches, and the portable kernels for what it lacks."""
+"""The Hopper backward's host side: three launches or five; the portable kernels for the rest."""
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import NamedTuple
 
@@ -18,47 +19,31 @@ from flashtile.backends.torch import Gradients
 from flashtile.hopper_backward_tiles import HopperBackwardTile, backward_tile, cannot_backward
 from flashtile.kernels import masks, scores
 from flashtile.kernels.forward import Heads, Variant
+from flashtile.kernels.hopper import (
+    again,
+    hidden,
+    layouts,
+    matrices,
+    prepare,
+    query_gradients,
+    units,
+    words,
+)
 from flashtile.kernels.hopper import backward as kernels
-from flashtile.kernels.hopper import hidden, layouts, matrices, prepare, query_gradients, words
 from flashtile.kernels.hopper.key_tiles import KeyWork
 from flashtile.kernels.numbers import opaque
 from flashtile.kernels.schedule import BlockList
 from flashtile.plan import Plan
 from flashtile.problem import Call, describe
-from flashtile.tiles import power_of_two
+from flashtile.tiles import KernelConfig, power_of_two
 
 TILES_TOGETHER = 256
 """Tiles that are taken longest first before those of other heads follow: about two for each of an
 H200's 132 SMs. Fewer, and CTAs end far apart; more, and dQ's sums leave L2."""
 
-HEADS_IN_ORDER = 16
-"""Heads whose tiles follow each other tile by tile where dQ is added in order under a mask. Tiles
-of a head that start together wait in turn; of 16 heads there are eight at a time on an H200, which
-then walk a few blocks apart, and what they read and add stays in L2. Time over that in any order,
-head dim 64, with the few heads of the default and with 16 (H200): causal 4k 1.36 and 1.13, 16k 1.52
-and 1.10; 1, 8 and 32 heads are no better."""
-
-CHAINED_HEADS = 4
-"""Query heads of which that holds where a block has several sums, which need room in L2. Three,
-causal, head dim 256, ms with 2, 3, 4, 5, 8 heads (H200): 4k 1.82, 1.94, 1.80, 1.91, 1.87; 16k 6.43,
-6.38, 6.40, 6.67, 8.50. Two, of one or two KV heads for groups of four 6.6 and 9.1, of two 3.6 and
-3.4.
-"""
-
-MASKED_HEADS = 8
-"""The same at least under a mask tensor, up to head dim 128, whose tiles may begin anywhere. Time
-over any order with 2, 4, 8, 16 heads, random blocks (H200): head dim 128 4k 1.20, 0.97, 0.86, 1.06,
-16k 1.32, 1.21, 1.25, 1.44; 64 16k 1.28, 1.21, 1.18, 1.25; 256 16k 1.69, 2.07, 2.34, 2.32."""
-
-CHUNK_IN_ORDER = 4
-"""Tiles of a head of which the last one comes first under a causal mask where dQ is added in order.
-4k keys (H200): 1.400 -> 1.349 ms at head dim 128, 1.670 -> 1.546 at 64, and 1.943 -> 2.09 above."""
-
-L2_IN_ORDER = 32 * 2**20
-"""Bytes of Q, dO and dQ's sums of the heads that do so where all queries see all keys. Tiles then
-drift apart, until those of a head are all over its queries; under a causal mask they end together,
-and those that are far ahead wait. Head dim 256, over the time in any order, 8, 4, 2 heads: 4k 1.20,
-1.07, 1.18; 16k 1.6, 1.21, 1.10, where one is 32 MB and all of its tiles wait for each other."""
+LEAST_UNITS = 512
+"""Units that the largest entry of a row of dQ has at least beside outliers, times the square root
+of how many shares are rounded to one: their errors are 2^-11 of it then."""
 
 FAR_ROWS = 2**31
 """Elements between the rows of a matrix from which products with them need 64 bits."""
@@ -71,12 +56,17 @@ ROWS = layouts.ROWS.value
 
 
 class Workspace(NamedTuple):
-    """What the three kernels pass on, linear in tokens. Queries are padded to whole blocks."""
+    """What the kernels pass on, linear in tokens. Queries are padded to whole blocks."""
 
-    rows: Tensor  # (2 * query blocks, block_m) fp32: lse in log2 units, delta, lse, ...
-    acc: Tensor  # (sums of blocks * block_m * padded / 256, 256) fp32, of dQ in its own order
+    rows: Tensor  # (2 | 3 * query blocks, block_m) fp32: lse in log2 units, delta, units, lse, ...
+    acc: (
+        Tensor  # (query blocks * block_m * padded / 256, 256) fp32 or int32, of dQ in its own order
+    )
     counter: Tensor | None = None  # (1,) int32: see `key_tiles.KeyWork`
-    locks: Tensor | None = None  # (sums of all blocks,) int32: see `query_gradients.add_shares`
+    locks: Tensor | None = None  # (query blocks,) int32: see `query_gradients.add_shares`
+    bounds: Tensor | None = None  # (tiles of keys, 2) fp32: see `kernels.hopper.units`
+    coarse: Tensor | None = None  # (query blocks,) int32: whether dQ is computed again
+    steep: Tensor | None = None  # (1,) int32: whether all of it is
     order: Tensor | None = None  # (tiles of a head, 2) int32: see `key_tiles.KeyWork`
 
 
@@ -111,9 +101,13 @@ def backward(
         parts = problem.group  # each head has lists of its own
     dq = empty(q.shape, q)
     dk, dv = (empty((*x.shape[:-2], x.shape[-2] * parts, x.shape[-1]), x) for x in (k, v))
+    if tile.integers:
+        run(bound_launch(call, tile, space))
     run(prepare_launch(call, tile, space, out, dout, lse, dlse, shares))
     run(gradient_launch(call, tile, space, dout, dk, dv))
     run(finish_launch(call, tile, space, dq))
+    if tile.integers:
+        run(again_launch(call, plan, tile, space, dout, dq))
     if parts > 1:
         dk, dv = (make(partial(_sum_of_parts, parts=parts), x) for x in (dk, dv))
     dsink = None
@@ -179,13 +173,17 @@ def added_within(mod: scores.ScoreMod) -> scores.ScoreMod:
 
 def workspace(call: Call, tile: HopperBackwardTile, like: Tensor) -> Workspace:
     blocks = triton.query_grid(call, tile.block_m)
-    sums = blocks * tile.chains
+    exact = tile.integers
     return Workspace(*replays.workspace(
         like,
-        ((2 * blocks, tile.block_m), torch.float32),
-        ((sums * tile.block_m * tile.padded // 256, 256), torch.float32),
+        ((tile.row_numbers * blocks, tile.block_m), torch.float32),
+        ((blocks * tile.block_m * tile.padded // 256, 256),
+         torch.int32 if exact else torch.float32),
         ((1,), torch.int32) if tile.persistent else None,
-        ((sums,), torch.int32) if tile.locked else None,
+        ((blocks,), torch.int32) if tile.locked else None,
+        ((triton.key_grid(call, tile.block_n), 2), torch.float32) if exact else None,
+        ((blocks,), torch.int32) if exact else None,
+        ((1,), torch.int32) if exact and call.variant.score_mod else None,
         ((tiles_of_a_head(call, tile), 2), torch.int32) if call.operands.k.dim() == 3 else None,
     ))  # fmt: skip
 
@@ -207,7 +205,7 @@ def prepare_launch(
         (token_view(out), token_view(dout), row_view(lse),
          triton.gradient_rows(dlse), space,
          None if shares is None else call.operands.learnable_sink, shares,
-         a.q_seq, a.k_seq if packed else None,
+         a.q_seq, a.k_seq if packed or tile.integers else None,
          opaque(tiles_of_a_head(call, tile)) if packed else None, a.heads,
          dropped[0].rescale if dropped else None, tile), _warps(tile),
     )  # fmt: skip
@@ -224,13 +222,11 @@ def gradient_launch(
     keys = [_map(x, ROWS, padded, ragged_k(call)) for x in (k, dk)]
     values = [_map(x, ROWS, padded_v, ragged_k(call)) for x in (v, dv)]
     parts = dk.shape[-2] // k.shape[-2]
-    lists = blocklists.by_keys(call, tile.adds == "in order")
-    work = _work(call, tile, parts, lists)._replace(
+    lists = blocklists.by_keys(call)
+    work = _work(call, tile, parts)._replace(
         counter=space.counter, locks=space.locks, order=space.order
     )
-    variant = backward_variant(call, lists)
-    if tile.locked:  # what tiles wait for is computed from the band's ranges, or counted in lists
-        variant = variant._replace(masks=operands.without_ranges(variant.masks))
+    variant = backward_variant(call, lists)._replace(steep=space.steep)
     grid = triton.key_grid(call, tile.block_n) * parts
     return Launch(
         kernels.attention_backward, min(grid, processors(q.device)) if tile.persistent else grid,
@@ -258,10 +254,37 @@ def ragged_k(call: Call) -> bool:
 
 def finish_launch(call: Call, tile: HopperBackwardTile, space: Workspace, dq: Tensor) -> Launch:
     """dQ from its sums."""
-    a = operands.arguments(call)
+    a, shares = operands.arguments(call), tiles_of_a_head(call, tile)
+    if call.operands.k.dim() == 4:
+        shares //= call.batch
+    least = math.ceil(LEAST_UNITS * shares**0.5)
     return Launch(
         query_gradients.finish_query_gradient, triton.query_grid(call, tile.block_m),
-        (space.acc, space.locks, token_view(dq), a.q_seq, a.scale, a.heads, tile), _warps(tile),
+        (space, token_view(dq), a.q_seq, a.scale, opaque(least), a.heads, tile), _warps(tile),
+    )  # fmt: skip
+
+
+def bound_launch(call: Call, tile: HopperBackwardTile, space: Workspace) -> Launch:
+    """Bounds of what a block's dQ may be."""
+    a = operands.arguments(call)
+    return Launch(
+        units.bound_keys, triton.key_grid(call, tile.block_n),
+        (a.k, a.v, space.bounds, a.k_seq, a.heads, tile),
+    )  # fmt: skip
+
+
+def again_launch(
+    call: Call, plan: Plan, tile: HopperBackwardTile, space: Workspace, dout: Tensor, dq: Tensor
+) -> Launch:
+    """dQ of the blocks whose sums say too little."""
+    a, config = operands.arguments(call), KernelConfig(tile.block_m, 32, 8 if tile.wide else 4, 1)
+    blocks = triton.query_grid(call, tile.block_m)
+    return Launch(
+        again.query_gradients_again, -(-blocks // again.TOGETHER.value),
+        (a.q, a.k, a.v, token_view(dout), token_view(dq), space, opaque(blocks), a.q_seq, a.k_seq,
+         operands.variant(call, plan.nvidia, blocklists.by_queries(call)), a.scale, a.heads,
+         operands.tile(call, config, "ieee")),
+        config.num_warps, config.num_stages,
     )  # fmt: skip
 
 
@@ -270,14 +293,12 @@ def _warps(tile: HopperBackwardTile) -> int:
     return max(4, tile.block_m * tile.padded // (32 * 64))
 
 
-def _work(
-    call: Call, tile: HopperBackwardTile, parts: int, lists: BlockList | None = None
-) -> KeyWork:
+def _work(call: Call, tile: HopperBackwardTile, parts: int) -> KeyWork:
     q, k = call.operands[:2]
     blocks = triton.query_grid(call, tile.block_m) // q.shape[-2]
     pairs, together = k.shape[-2] * parts, 1
     group = q.shape[-2] // pairs
-    tiles, chunk = tiles_of_a_head(call, tile), 1
+    tiles = tiles_of_a_head(call, tile)
     if not call.varlen:
         blocks //= call.batch
     if k.dim() == 3:
@@ -286,14 +307,9 @@ def _work(
         pairs, tiles = pairs * call.batch, tiles // call.batch
         if call.banded:
             together = min(pairs, heads_together(tiles))
-        if tile.adds == "in order":
-            queries = blocks * tile.block_m * group
-            listed = lists is not None
-            together = min(pairs, together_in_order(call, tile, queries, group, together, listed))
-            chunk = chunk_in_order(call, tile, tiles * pairs, listed)
     heads = Heads(opaque(q.shape[-2]), opaque(group))
     return KeyWork(
-        opaque(tiles), opaque(blocks), opaque(pairs), opaque(together), opaque(chunk), heads,
+        opaque(tiles), opaque(blocks), opaque(pairs), opaque(together), heads,
         opaque(parts),
     )  # fmt: skip
 
@@ -303,35 +319,3 @@ def heads_together(tiles: int) -> int:
     that the last ones are as many as the others (head dim 128, causal, simulated: 3 heads of 16
     together end 4.5% after 4 do; one of eight, in groups of four query heads, 23%)."""
     return power_of_two(-(-TILES_TOGETHER // tiles))
-
-
-def together_in_order(
-    call: Call, tile: HopperBackwardTile, queries: int, group: int, together: int, listed: bool
-) -> int:
-    """KV heads, each with `queries` of a group of query heads, whose tiles follow each other tile
-    by tile where dQ is added in order, and `together` in any order."""
-    fitting = heads_in_order(queries, tile)
-    if call.operands.attn_mask is not None:
-        return fitting if tile.wide else max(MASKED_HEADS, fitting)
-    bounded = call.banded or listed
-    if bounded and tile.chains > 1:
-        return max(1, CHAINED_HEADS // group)
-    return max(together, HEADS_IN_ORDER if bounded else fitting)
-
-
-def heads_in_order(queries: int, tile: HopperBackwardTile) -> int:
-    """KV heads, `queries` of each, whose tiles follow each other tile by tile where all queries see
-    all keys and dQ is added in order: a power of two that L2 has room for, and two at least, which
-    share the wait of tiles that start together."""
-    fitting = L2_IN_ORDER // (queries * (6 * tile.padded + 2 * tile.padded_v))
-    return max(2, power_of_two(fitting // 2 + 1))
-
-
-def chunk_in_order(call: Call, tile: HopperBackwardTile, tiles: int, listed: bool) -> int:
-    """Tiles of a head of which the last one comes first where dQ is added in order, of `tiles` in
-    all: several where so many follow that the longest, which begin late, are not the last to end
-    (head dim 64, 1k, simulated, without and with: 128 tiles 1.14 and 1.34 of the time in any order,
-    512 1.53 and 1.31). In lists tiles are counted as they lie."""
-    causal = call.banded and not call.windowed
-    many = tiles >= 2 * TILES_TOGETHER
-    return CHUNK_IN_ORDER if causal and many and not (listed or tile.wide) else 1

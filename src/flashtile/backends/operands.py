@@ -162,15 +162,6 @@ def mask_functions(call: Call) -> tuple[masks.Mask, ...]:
                        own.queries or masks.anywhere, place=masks.within_ends),)  # fmt: skip
 
 
-def without_ranges(found: tuple[masks.Mask, ...]) -> tuple[masks.Mask, ...]:
-    """Masks without those of the user's."""
-    return tuple(
-        x._replace(keys=masks.anywhere, queries=masks.anywhere) if x.place is masks.within_ends
-        else x
-        for x in found
-    )  # fmt: skip
-
-
 def float_mask(call: Call) -> Tensor | None:
     mask = call.operands.attn_mask
     return mask if mask is not None and mask.is_floating_point() else None

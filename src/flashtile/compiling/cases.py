@@ -123,13 +123,13 @@ def _decode_e4m3_rows() -> dict[str, Any]:
 VARIANTS: dict[str, Callable[[], dict[str, Any]]] = {
     "full": dict,
     "causal": lambda: {"causal": True},
-    "in order": lambda: {"causal": True, "deterministic": True},
+    "deterministic": lambda: {"causal": True, "deterministic": True},
     "scores": _scores,
     "chunks": lambda: {"causal": True, "attention_chunk": 256},
     "dropout": lambda: {"causal": True, "dropout_p": 0.1},
     "masked dropout": _masked_dropout,
     "documents": _documents,
-    "ordered documents": lambda: {**_documents(), "deterministic": True},
+    "deterministic documents": lambda: {**_documents(), "deterministic": True},
     "bias": _bias,
     "packed bias": _packed_bias,
     "row of bias": lambda: {"causal": True, "bias": _meta(1, HEADS, 1, TOKENS)},
@@ -194,8 +194,8 @@ def every_case() -> list[Case]:
     cases.append(Case("chunks", "bfloat16", 64, 64, chunked))
     cases += [Case("packed", "bfloat16", 128, 128, HOPPER_BACKWARD, kv_heads=kv_heads, only=HOPPER)
               for kv_heads in (KV_HEADS, HEADS)]  # fmt: skip
-    ordered = ("list_blocks", "count_tiles", *HOPPER_BACKWARD)
-    cases.append(Case("ordered documents", "bfloat16", 128, 128, ordered, only=HOPPER))
+    summed = ("bound_keys", *HOPPER_BACKWARD, "query_gradients_again")
+    cases.append(Case("deterministic documents", "bfloat16", 128, 128, summed, only=HOPPER))
     cases.append(Case("decode-pages", "bfloat16", 128, 128))
     cases += [Case(name, "bfloat16", 128, 128, only=HOPPER)
               for name in ("decode", "decode-tall", "decode-e4m3")]  # fmt: skip
@@ -217,7 +217,7 @@ def every_case() -> list[Case]:
                for dim, tokens in ((64, SHORT), (128, SHORT), (64, LONG), (128, FEW))]  # fmt: skip
     hopper += [Case("causal", "bfloat16", dim, dim, tokens=tokens, kv_heads=HEADS)
                for dim, tokens in ((128, TOKENS), (256, SHORT))]  # fmt: skip
-    hopper.append(Case("in order", "bfloat16", 256, 256, kv_heads=HEADS))
+    hopper.append(Case("deterministic", "bfloat16", 256, 256))
     return cases + [case._replace(new_tiles=True, only=HOPPER) for case in hopper]
 
 

@@ -144,16 +144,26 @@ def attention_backward_dq(q, k, v, dq, saved, q_seq, k_seq, variant, scale, head
                           TILE: tl.constexpr):  # fmt: skip
     """One tile of queries of one head: dQ."""
     BLOCK_M: tl.constexpr = TILE.block_m
-    BLOCK_N: tl.constexpr = TILE.block_n
     count = number(heads.count)
     tile = interleave_heads(q_seq, count, tl.program_id(0), BLOCK_M)
     batch, head, first = open_tile(q_seq, count, tile, True, BLOCK_M)
-    q_span, k_span = open_sequence(q_seq, batch), open_sequence(k_seq, batch)
+    q_span = open_sequence(q_seq, batch)
     if (first < 0) | (first >= q_span.room):
         return
+    own = load_query_tile(q, saved, q_seq, q_span, head, first, TILE)
+    query_tile_gradient(own, k, v, dq, batch, head, first, q_seq, k_seq, variant, scale, heads,
+                        TILE)  # fmt: skip
+
+
+@triton.jit
+def query_tile_gradient(own, k, v, dq, batch, head, first, q_seq, k_seq, variant, scale, heads,
+                        TILE: tl.constexpr):  # fmt: skip
+    """Compute and write dQ of a QueryTile."""
+    BLOCK_M: tl.constexpr = TILE.block_m
+    BLOCK_N: tl.constexpr = TILE.block_n
+    q_span, k_span = open_sequence(q_seq, batch), open_sequence(k_seq, batch)
     rows = first + tl.arange(0, BLOCK_M)
     at = At(batch, head, first, 0, rows[:, None], tl.arange(0, BLOCK_N)[None, :], q_span, k_span)
-    own = load_query_tile(q, saved, q_seq, q_span, head, first, TILE)
     seen = key_range(variant.masks, first, first + BLOCK_M - 1, q_span, k_span)
     schedule = schedule_tile(variant.blocks, seen, batch, head, first, q_span.length, BLOCK_N)
     kv_head = head // number(heads.group)

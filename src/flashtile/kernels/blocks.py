@@ -1,9 +1,9 @@
 """Masks given as tensors, classified per tile once, and the lists of blocks that follow.
 
 `classify_blocks` reads a mask once and leaves one code a tile of 128 x 128: hidden, partly visible
-or fully. `list_blocks` turns a row of codes (a column, for dK and dV) and the ranges of
-the other masks, or ranges alone, into the list of blocks that a mainloop walks (FlexAttention's
-BlockMask, Dong et al. 2024, section 3).
+or fully. `list_blocks` turns a row of codes (a column, for dK and dV) and the ranges of the other
+masks into the list of blocks that a mainloop walks (FlexAttention's BlockMask, Dong et al. 2024,
+section 3).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ FULL = tl.constexpr(2)
 class CodeGrid(NamedTuple):
     """Codes (batches, heads, q_tiles, k_tiles) uint8, contiguous; all but ptr opaque."""
 
-    ptr: Any  # None: full as far as there are keys
+    ptr: Any
     batches: Any  # 1 or batch
     heads: Any  # 1 or heads
     q_tiles: Any
@@ -56,11 +56,10 @@ def classify_blocks(codes, q_seq, k_seq, masks):
 
 
 @triton.jit
-def list_blocks(codes, entries, counts, listed, q_seq, k_seq, ranges, heads,
-                TRANSPOSED: tl.constexpr, CHUNK: tl.constexpr):  # fmt: skip
+def list_blocks(codes, entries, counts, q_seq, k_seq, ranges, heads, TRANSPOSED: tl.constexpr,
+                CHUNK: tl.constexpr):  # fmt: skip
     """One row of the list: partial blocks from the front, full ones from the back unless they all
-    lie side by side. With `listed`, which says of each block whether it is in the list, all of them
-    as they come, twice their index and one more where they are partial."""
+    lie side by side."""
     BLOCK: tl.constexpr = LIST_BLOCK
     q_tiles, k_tiles = number(codes.q_tiles), number(codes.k_tiles)
     own, other = q_tiles, k_tiles
@@ -81,51 +80,22 @@ def list_blocks(codes, entries, counts, listed, q_seq, k_seq, ranges, heads,
     line = entries + row.to(tl.int64) * other
     for start in range(0, other, CHUNK):
         j = start + tl.arange(0, CHUNK)
-        if codes.ptr is None:
-            tl.static_assert(TRANSPOSED)
-            whole = tl.where(first + BLOCK <= k_span.length, FULL, PARTIAL)
-            code = tl.where(j < other, whole, HIDDEN)
-        else:
-            at = j * k_tiles + tile if TRANSPOSED else tile * k_tiles + j
-            code = tl.load(codes.ptr + plane + at, mask=j < other, other=0).to(tl.int32)
+        at = j * k_tiles + tile if TRANSPOSED else tile * k_tiles + j
+        code = tl.load(codes.ptr + plane + at, mask=j < other, other=0).to(tl.int32)
         seen = (code != HIDDEN) & (j * BLOCK < r.hi) & ((j + 1) * BLOCK > r.lo)
         inside = (j * BLOCK >= r.full_lo) & ((j + 1) * BLOCK <= r.full_hi)
         is_full = (seen & inside & (code == FULL)).to(tl.int32)
         is_partial = seen.to(tl.int32) - is_full
-        if listed is None:
-            front = partial + tl.cumsum(is_partial, 0) - 1
-            back = other - 1 - (full + tl.cumsum(is_full, 0) - 1)
-            tl.store(line + front, j, mask=is_partial == 1)
-            tl.store(line + back, j, mask=is_full == 1)
-            partial += tl.sum(is_partial, 0)
-            full += tl.sum(is_full, 0)
-            least = tl.minimum(least, tl.min(tl.where(is_full == 1, j, other), 0))
-            most = tl.maximum(most, tl.max(tl.where(is_full == 1, j, -1), 0))
-        else:
-            here = seen.to(tl.int32)
-            tl.store(line + partial + tl.cumsum(here, 0) - 1, 2 * j + is_partial, mask=seen)
-            tl.store(listed + row.to(tl.int64) * other + j, here, mask=j < other)
-            partial += tl.sum(here, 0)
+        front = partial + tl.cumsum(is_partial, 0) - 1
+        back = other - 1 - (full + tl.cumsum(is_full, 0) - 1)
+        tl.store(line + front, j, mask=is_partial == 1)
+        tl.store(line + back, j, mask=is_full == 1)
+        partial += tl.sum(is_partial, 0)
+        full += tl.sum(is_full, 0)
+        least = tl.minimum(least, tl.min(tl.where(is_full == 1, j, other), 0))
+        most = tl.maximum(most, tl.max(tl.where(is_full == 1, j, -1), 0))
     run = tl.where(most - least + 1 == full, full, 0)
     tl.store(counts + 4 * row, partial)
     tl.store(counts + 4 * row + 1, full - run)
     tl.store(counts + 4 * row + 2, run)
     tl.store(counts + 4 * row + 3, least)
-
-
-@triton.jit
-def count_tiles(listed, tiles, blocks, CHUNK: tl.constexpr, BLOCKS: tl.constexpr):
-    """For some blocks, how many tiles before each one have them in their lists, in place of 1 where
-    it has and 0 where it has not."""
-    tiles, blocks = number(tiles), number(blocks)
-    parts = tl.cdiv(blocks, BLOCKS)
-    plane, part = tl.program_id(0) // parts, tl.program_id(0) % parts
-    columns = (part * BLOCKS + tl.arange(0, BLOCKS))[None, :]
-    before = tl.zeros([1, BLOCKS], tl.int32)
-    for first in range(0, tiles, CHUNK):
-        rows = (first + tl.arange(0, CHUNK))[:, None]
-        places = listed + plane.to(tl.int64) * tiles * blocks + rows * blocks + columns
-        inside = (rows < tiles) & (columns < blocks)
-        here = tl.load(places, mask=inside, other=0)
-        tl.store(places, before + tl.cumsum(here, 0) - here, mask=inside)
-        before += tl.sum(here, 0)[None, :]

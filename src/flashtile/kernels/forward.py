@@ -48,6 +48,7 @@ class Variant(NamedTuple):
     blocks: Any = None  # BlockList of the masks, or None
     k_scale: Any = None  # ScaleView of an e4m3 K, or None
     v_scale: Any = None
+    steep: Any = None  # of the Hopper backward: (1,) int32, see `hopper.units`
     tensors: Any = ()  # of the Hopper backward: none or one mask tensor, not in masks
 
 

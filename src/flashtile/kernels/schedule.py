@@ -24,9 +24,7 @@ SCATTERED = tl.constexpr(2)  # full blocks of a list
 
 
 class BlockList(NamedTuple):
-    """Per (batch, head, tile): blocks that need masks from the front, full ones from the back. With
-    `before` all as they come, twice their index and one more where they need masks, counted as if
-    all did."""
+    """Per (batch, head, tile): blocks that need masks from the front, full ones from the back."""
 
     entries: Any  # (batch, 1 | heads, tiles, blocks) int32
     counts: Any  # (batch, 1 | heads, tiles, 4) int32: how many need masks, how many full ones are
@@ -34,8 +32,6 @@ class BlockList(NamedTuple):
     stride_batch: Any  # opaque, in tiles
     stride_head: Any  # opaque, in tiles
     blocks: Any  # opaque
-    before: Any = ()  # where tiles add in order, (batch, 1 | heads, tiles, blocks) int32: how many
-    # tiles before this one have a block
 
 
 class Schedule(NamedTuple):

@@ -1,6 +1,6 @@
 """The backward kernel for Hopper: a producer warp, two consumer warpgroups, a warp that adds dQ.
 
-Where blocks of dQ have locks ("in order", "after the first") one more warp sets them.
+Where blocks of dQ have locks ("after the first") one more warp sets them.
 
 A tile is 64 keys of one KV head for each warpgroup or, at head dims above 128, for both. They walk
 over the blocks of queries that see it, of every query head of the group. dK and dV stay in
@@ -155,7 +155,6 @@ def load_tile(inputs, side, blocks, places, tile, n, i, q_seq, k_seq, lists, wor
 @gluon.jit
 def add_queries(dq, side, queue, debts, q_seq, k_seq, masks, lists, work, TILE: gl.constexpr):
     """Add the shares of dQ that the consumers hand over."""
-    AHEAD: gl.constexpr = TILE.locked and lists is not None
     n, owed = 0, 0
     tile = queue.get(n, 1)
     while tile.key >= 0:
@@ -166,22 +165,12 @@ def add_queries(dq, side, queue, debts, q_seq, k_seq, masks, lists, work, TILE: 
         steps = tile.blocks * pinned(work.heads.group)
         if steps > 0:
             open_places()
-        if AHEAD:
-            next_sums, next_before = find_sums(tile, walk, schedule, base, q_span, q_seq, k_seq,
-                                               masks, lists, work, TILE)  # fmt: skip
         for j in range(steps):
-            if AHEAD:  # two loads, under this block's shares
-                sums, before = next_sums, next_before
-                walk = go_on(walk, tile, work, TILE)
-                next_sums, next_before = find_sums(tile, walk, schedule, base, q_span, q_seq, k_seq,
-                                                   masks, lists, work, TILE)  # fmt: skip
-            else:
-                sums, before = find_sums(tile, walk, schedule, base, q_span, q_seq, k_seq, masks,
-                                         lists, work, TILE)  # fmt: skip
+            sums, before = find_sums(tile, walk, schedule, base, q_span, q_seq, k_seq, masks, lists,
+                                     work, TILE)  # fmt: skip
             owed = add_shares(dq, side.dq, work.locks, debts, sums, before, owed, j == steps - 1,
                               TILE)  # fmt: skip
-            if not AHEAD:
-                walk = go_on(walk, tile, work, TILE)
+            walk = go_on(walk, tile, work, TILE)
         tma_store_wait(0)
         barriers.arrive(TILE_DONE, EVERYBODY)
         n += 1
@@ -265,7 +254,7 @@ def consume_tile(outputs, side, blocks, places, queue, tile, n, i, q_seq, k_seq,
             walk = go_on(walk, tile, work, TILE)
         for item in range(i + steps - hidden, i + steps):
             unseen_step(side, blocks, item, False, WARPGROUP, TILE)
-    finish_queries(side, i + steps, steps, WARPGROUP, TILE)
+    finish_queries(side, blocks, i + steps, steps, WARPGROUP, TILE)
     # Found again rather than kept: every register of the loop is taken.
     tile = queue.get(n, 4)
     k_span = open_sequence(k_seq, tile.batch)
@@ -293,11 +282,14 @@ def store_gradients(outputs, side, grads, tile, window, scale, WARPGROUP: gl.con
 
 
 @gluon.jit
-def make_blocks(inputs, SLOTS: gl.constexpr, DOUT_SLOTS: gl.constexpr):
-    return Blocks(make_tiles(inputs.q, SLOTS), make_tiles(inputs.dout, DOUT_SLOTS),
-                  make_tiles(inputs.rows, SLOTS), make_tiles(inputs.rows, DOUT_SLOTS),
-                  make_barriers(SLOTS), make_barriers(DOUT_SLOTS), SLOTS,
-                  DOUT_SLOTS)  # fmt: skip
+def make_blocks(inputs, TILE: gl.constexpr):
+    SLOTS: gl.constexpr = TILE.slots
+    DOUT_SLOTS: gl.constexpr = TILE.dout_slots
+    lse = make_tiles(inputs.rows, SLOTS)
+    units = make_tiles(inputs.rows, 2 * SLOTS) if TILE.integers else lse
+    return Blocks(make_tiles(inputs.q, SLOTS), make_tiles(inputs.dout, DOUT_SLOTS), lse,
+                  make_tiles(inputs.rows, DOUT_SLOTS), units, make_barriers(SLOTS),
+                  make_barriers(DOUT_SLOTS), SLOTS, DOUT_SLOTS, TILE.row_numbers)  # fmt: skip
 
 
 @gluon.jit
@@ -321,7 +313,7 @@ def attention_backward(q, k, v, dout, rows, dq, dk, dv, sequences, variant, scal
     inputs, outputs = Inputs(q, k, v, dout, rows), Outputs(dq, dk, dv)
     q_seq, k_seq = sequences[0], sequences[1]
     side = make_side(inputs, dq, TILE)
-    blocks = make_blocks(inputs, TILE.slots, TILE.dout_slots)
+    blocks = make_blocks(inputs, TILE)
     queue = make_queue()
     places = ()
     if variant.blocks is not None:

@@ -22,6 +22,7 @@ from flashtile.kernels.hopper.block import compares_positions, in_chunks
 from flashtile.kernels.hopper.hidden import halved, hide, load_hidden
 from flashtile.kernels.hopper.query_gradients import hand_over
 from flashtile.kernels.hopper.stages import CONSUMERS, DS_GIVEN, DS_WRITTEN
+from flashtile.kernels.hopper.units import report_steep
 from flashtile.kernels.hopper.walk import first_of, needs_masks
 from flashtile.kernels.hopper.words import dropped_queries
 from flashtile.kernels.masks import At, query_range, visible
@@ -59,6 +60,8 @@ def probabilities(s, lse2, hidden, keys, head, place, variant, unit):
     if len(variant.score_mods) > 0:
         here = At(at.batch, head, first_q, at.first_k, own + constants, at.k_idx, at.q, at.k)
         s, slope = apply_with_slope(variant.score_mods, s, here)
+        if variant.steep is not None:
+            report_steep(slope + gl.zeros_like(s), variant.steep)
     p = gl.exp2(s * unit - lse2[None, :])
     if needs_masks(keys, place, first_q, variant.blocks, BLOCK_M):
         if _bounded(variant, at, first_q):
@@ -195,14 +198,14 @@ def start_keys(TILE: gl.constexpr):
 
 
 @gluon.jit
-def finish_queries(side, i, steps, WARPGROUP: gl.constexpr, TILE: gl.constexpr):
+def finish_queries(side, blocks, i, steps, WARPGROUP: gl.constexpr, TILE: gl.constexpr):
     """After a tile's last block, item i - 1: its share of dQ, where shares lag. Both warpgroups
     have then read all keys."""
     if TILE.lags:
         if steps > 0:
             take(i, WARPGROUP)
             dq = warpgroup_mma_wait(0, deps=[multiply_ds(side, i - 1, WARPGROUP, TILE)])
-            hand_over(side.dq, dq, WARPGROUP)
+            hand_over(side, blocks, i - 1, dq, WARPGROUP)
         give(i + 1, WARPGROUP)
         take(i + 1, WARPGROUP)
     else:
@@ -234,9 +237,9 @@ def start_share(side, i, WARPGROUP: gl.constexpr, TILE: gl.constexpr):
 
 
 @gluon.jit
-def share_queries(side, dq, i, WARPGROUP: gl.constexpr, TILE: gl.constexpr):
+def share_queries(side, blocks, dq, i, WARPGROUP: gl.constexpr, TILE: gl.constexpr):
     """Hand over a share of dQ, and where shares lag what the next one takes."""
-    hand_over(side.dq, dq, WARPGROUP)
+    hand_over(side, blocks, i - 1 if TILE.lags else i, dq, WARPGROUP)
     if TILE.lags:
         give(i + 1, WARPGROUP)
 
@@ -309,7 +312,7 @@ def unseen_step(side, blocks, i, FIRST: gl.constexpr, WARPGROUP: gl.constexpr, T
         give(i + 1, WARPGROUP)
     else:
         dq = warpgroup_mma_wait(0, deps=[start_share(side, i, WARPGROUP, TILE)])
-        share_queries(side, dq, i, WARPGROUP, TILE)
+        share_queries(side, blocks, dq, i, WARPGROUP, TILE)
     blocks.release(i)
 
 
@@ -366,14 +369,14 @@ def seen_step(grads, side, blocks, i, keys, head, place, variant, unit, QUERIES:
             p_operand = layouts.as_operand(kept(weight, variant.dropouts), q.dtype, TILE.padded)
         delta = first_rows(blocks.delta_of(i), QUERIES).load(of_queries)
         ds = score_gradient(weight, dp, delta, variant.dropouts).to(q.dtype)
-    grads = add_block(grads, side, i, q, do, p_operand, ds, FIRST, WARPGROUP, TILE)
+    grads = add_block(grads, side, blocks, i, q, do, p_operand, ds, FIRST, WARPGROUP, TILE)
     blocks.release(i)
     return grads
 
 
 @gluon.jit
-def add_block(grads, side, i, q, do, p_operand, ds, FIRST: gl.constexpr, WARPGROUP: gl.constexpr,
-              TILE: gl.constexpr):  # fmt: skip
+def add_block(grads, side, blocks, i, q, do, p_operand, ds, FIRST: gl.constexpr,
+              WARPGROUP: gl.constexpr, TILE: gl.constexpr):  # fmt: skip
     """The products with P and dS of item i."""
     ds_operand = layouts.as_operand(ds, q.dtype, TILE.padded)
     if ds.shape[1] < TILE.block_m:
@@ -389,5 +392,5 @@ def add_block(grads, side, i, q, do, p_operand, ds, FIRST: gl.constexpr, WARPGRO
         dq_token = start_share(side, i, WARPGROUP, TILE)
         dk_token = warpgroup_mma(ds_operand, q, grads.k, is_async=True)
         dq, dv = warpgroup_mma_wait(1, deps=[dq_token, dv_token])
-        share_queries(side, dq, i, WARPGROUP, TILE)
+        share_queries(side, blocks, dq, i, WARPGROUP, TILE)
     return KeyGradients(warpgroup_mma_wait(0, deps=[dk_token]), dv)

@@ -31,11 +31,10 @@ class KeyWork(NamedTuple):
     query_blocks: Any  # opaque, blocks of queries of a head
     pairs: Any  # opaque, KV heads, as many times as parts: of all batches, or of packed sequences
     together: Any  # opaque, pairs whose tiles follow each other tile by tile
-    chunk: Any  # opaque, a power of two: tiles of a head of which the last one comes first
     heads: Any  # Heads, the group a part of a KV head's
     parts: Any  # opaque, of the query heads of a KV head, each with tiles of its own
     counter: Any = None  # (1,) int32: tiles taken, where CTAs take several
-    locks: Any = None  # int32 of each sums of a block of queries: see `locks`
+    locks: Any = None  # int32 of each block of queries: see `locks`
     order: Any = None  # int32 (sequence, its tile) of each of packed sequences' tiles of a head
 
 
@@ -69,35 +68,18 @@ def _blocks_of(masks, key, q_span, k_span, TILE: gl.constexpr):
 
 
 @gluon.jit
-def turn(index, tiles, chunk):
-    """The tile that comes at a place: of each `chunk` of a head's the last one first. It has fewer
-    blocks of queries than those after it, so that they end one after the other, as they began; with
-    the first one first they end together, and the next tiles wait for each other again."""
-    first = index & -chunk
-    return first + gl.minimum(first + chunk, tiles) - 1 - index
-
-
-@gluon.jit
-def tiles_before(row, tile, q_seq, k_seq, masks, work, TILE: gl.constexpr):
-    """How many tiles add to the same sums of the block of queries from a row on before this one."""
+def tiles_before(row, tile, q_seq, k_seq, masks, TILE: gl.constexpr):
+    """How many tiles see the block of queries from a row on before this one."""
     q_span, k_span = open_sequence(q_seq, tile.batch), open_sequence(k_seq, tile.batch)
     seen = key_range(masks, row, row + (TILE.block_m - 1), q_span, k_span)
-    own, first = tile.key // TILE.block_n, seen.lo // TILE.block_n
-    if TILE.adds == "in order" and TILE.chains == 1:
-        chunk = pinned(work.chunk)
-        begin = own & -chunk
-        end = gl.minimum(begin + chunk, gl.cdiv(seen.hi, TILE.block_n))
-        return gl.maximum(begin - first, 0) + end - 1 - own
-    else:
-        return (own - first) // TILE.chains
+    return tile.key // TILE.block_n - seen.lo // TILE.block_n
 
 
 @gluon.jit
 def find_keys(work, tile, q_seq, k_seq, masks, lists, TILE: gl.constexpr):
     """The KeyTile of a number, with key -1 where a slot of packed sequences is nobody's.
 
-    The first keys of a head come first, or the first chunk: under a causal mask most queries see
-    them.
+    The first keys of a head come first: under a causal mask most queries see them.
     """
     BLOCK_M: gl.constexpr = TILE.block_m
     BLOCK_N: gl.constexpr = TILE.block_n
@@ -106,8 +88,6 @@ def find_keys(work, tile, q_seq, k_seq, masks, lists, TILE: gl.constexpr):
     if k_seq.cu_seqlens is None:
         kv_heads = pinned(work.heads.count) // pinned(work.heads.group)
         batch, kv_head = pair // kv_heads, pair % kv_heads
-        if TILE.adds == "in order":
-            index = turn(index, tiles, pinned(work.chunk))
     else:
         batch, kv_head = gl.load(work.order + 2 * index), pair
         index = gl.load(work.order + 2 * index + 1)
@@ -201,12 +181,6 @@ def row_of(tile, walk, TILE: gl.constexpr):
 def block_of(row, walk, base, work, TILE: gl.constexpr):
     """The number among all blocks of queries of the one from `row` on; base: `first_block`."""
     return base + walk.head * pinned(work.query_blocks) + row // TILE.block_m
-
-
-@gluon.jit
-def sums_of(block, tile, TILE: gl.constexpr):
-    """The number of those sums of a block that a tile of keys adds to: tiles take turns."""
-    return block * TILE.chains + (tile.key // TILE.block_n) % TILE.chains
 
 
 @aggregate

@@ -1,8 +1,5 @@
-"""Locks of blocks of queries: who adds to a block's dQ when, where the order is fixed.
-
-A lock counts the tiles that have added to its block's sums or, where they do so in any order after
-the first, tells that the first has.
-"""
+"""Locks of blocks of queries: they tell that the first tile has stored its share of dQ, to which
+others add theirs."""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl

@@ -6,6 +6,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from flashtile.kernels.hopper.units import bounds_of_keys, lengths, squares, units_in_one
 from flashtile.kernels.numbers import LOG2E, number
 from flashtile.kernels.prepare import row_numbers
 from flashtile.kernels.views import load_tile, open_sequence, open_tile, tokens
@@ -63,19 +64,31 @@ def prepare_backward(out, dout, lse, dlse, space, sink, dsink, q_seq, k_seq, slo
     rows = first + tl.arange(0, BLOCK_M)
     if space.locks is None:
         sums = space.acc + block.to(tl.int64) * SUMS + tl.arange(0, SUMS)
-        tl.store(sums, tl.zeros([SUMS], tl.float32))
+        tl.store(sums, tl.zeros([SUMS], space.acc.dtype.element_ty))
     else:
-        CHAINS: tl.constexpr = TILE.chains
-        for c in tl.static_range(CHAINS):
-            tl.store(space.locks + block * CHAINS + c, 0)
-    if space.counter is not None and block == 0:
-        tl.store(space.counter, 0)
+        tl.store(space.locks + block, 0)
+    if block == 0:
+        if space.counter is not None:
+            tl.store(space.counter, 0)
+        if space.steep is not None:
+            tl.store(space.steep, 0)
     o = load_tile(out, tokens(out, q_seq, span, head), q_seq, span, first, False, BLOCK_M,
                   TILE.dim_v, PADDED)  # fmt: skip
     do = load_tile(dout, tokens(dout, q_seq, span, head), q_seq, span, first, False, BLOCK_M,
                    TILE.dim_v, PADDED)  # fmt: skip
     row_lse, row_delta = row_numbers(o, do, lse, dlse, span, head, rows)
-    place = space.rows + block.to(tl.int64) * (2 * BLOCK_M) + tl.arange(0, BLOCK_M)
+    place = space.rows + block.to(tl.int64) * (TILE.row_numbers * BLOCK_M) + tl.arange(0, BLOCK_M)
+    if TILE.integers:
+        # Ahead of the keys' bounds, in whose loop O and dO would be 72 registers more.
+        length, out_length = lengths(do), tl.sqrt(squares(o))
+        group, count = number(heads.group), number(heads.count)
+        keys = bounds_of_keys(space.bounds, k_seq, batch, head // group, count // group,
+                              TILE.block_n)  # fmt: skip
+        if rescale is not None:
+            length *= rescale
+        units = units_in_one(length, out_length, row_lse, row_delta, keys, do.dtype == tl.float16,
+                             TILE)  # fmt: skip
+        tl.store(place + 2 * BLOCK_M, units)
     saved_lse, saved_delta = row_lse * LOG2E, row_delta
     if rescale is not None:
         saved_lse, saved_delta = saved_lse - tl.log2(rescale), row_delta / rescale

@@ -8,10 +8,10 @@ up itself. A tile's query heads have one list together, or there is one of them.
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from flashtile.kernels.hopper.key_tiles import block_of, row_of, sums_of, tiles_before
+from flashtile.kernels.hopper.key_tiles import block_of, row_of, tiles_before
 from flashtile.kernels.hopper.scheduler import pinned
 from flashtile.kernels.hopper.walk import listed_place
-from flashtile.kernels.schedule import LIST_BLOCK, schedule_list
+from flashtile.kernels.schedule import schedule_list
 from flashtile.kernels.views import open_sequence
 
 
@@ -44,24 +44,10 @@ def place_of(lists, schedule, tile, walk, q_span, TILE: gl.constexpr):
     if lists is None:
         return row_of(tile, walk, TILE)
     else:
-        if TILE.adds == "in order":
-            place = ordered_place(lists, schedule, walk.n, TILE)
-        else:
-            place = listed_place(lists, schedule, walk.n, TILE.block_m)
+        place = listed_place(lists, schedule, walk.n, TILE.block_m)
         if TILE.block_m == 64:
             place = place | (place >= q_span.length).to(gl.int32)
         return place
-
-
-@gluon.jit
-def ordered_place(lists, schedule, n, TILE: gl.constexpr):
-    """The place of the n-th block of an ascending list, or of any where a walk has ended."""
-    SPLIT: gl.constexpr = LIST_BLOCK // TILE.block_m
-    n = gl.maximum(n, 0)
-    there = n < schedule.partial
-    entry = gl.load(lists.entries + schedule.row + n // SPLIT, mask=there, other=0)
-    first = (entry >> 1) * LIST_BLOCK + (n % SPLIT) * TILE.block_m
-    return first | (entry & 1)
 
 
 @gluon.jit
@@ -77,27 +63,12 @@ def row_there(lists, place, q_span, TILE: gl.constexpr):
 
 
 @gluon.jit
-def listed_before(lists, schedule, place, tile, q_span, TILE: gl.constexpr):
-    """How many tiles add to the sums of a place's block before this one does; -1 where it begins
-    past the end, and has none. Of tiles that share a list each adds to sums of its own."""
-    gl.static_assert(TILE.chains == LIST_BLOCK // TILE.block_n)
-    first = place & -2
-    at = lists.before + schedule.row + first // LIST_BLOCK
-    before = gl.load(at, mask=tile.blocks > 0, other=0)
-    if TILE.block_m < LIST_BLOCK:
-        before = gl.where(first < q_span.length, before, -1)
-    return before
-
-
-@gluon.jit
 def find_sums(tile, walk, schedule, base, q_span, q_seq, k_seq, masks, lists, work,
               TILE: gl.constexpr):  # fmt: skip
     """(the sums that a block's shares are added to, how many tiles do so before this one)."""
     place, before = place_of(lists, schedule, tile, walk, q_span, TILE), 0
     row = row_there(lists, place, q_span, TILE)
-    sums = sums_of(block_of(row, walk, base, work, TILE), tile, TILE)
-    if TILE.locked and lists is None:
-        before = tiles_before(row, tile, q_seq, k_seq, masks, work, TILE)
-    elif TILE.locked:
-        before = listed_before(lists, schedule, place, tile, q_span, TILE)
-    return sums, before
+    if TILE.locked:
+        gl.static_assert(lists is None)
+        before = tiles_before(row, tile, q_seq, k_seq, masks, TILE)
+    return block_of(row, walk, base, work, TILE), before

@@ -13,7 +13,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from flashtile.kernels.hopper import barriers
 from flashtile.kernels.hopper._compat import aggregate, tma_load
-from flashtile.kernels.hopper.channels import bytes_of, load_rows
+from flashtile.kernels.hopper.channels import bytes_of, load_rows, slot_of
 from flashtile.kernels.hopper.scheduler import pin
 
 TILE_DONE = gl.constexpr(5)
@@ -61,7 +61,7 @@ class Inputs(NamedTuple):
     k: Any  # rows of 64
     v: Any
     dout: Any  # rows of block_m
-    rows: Any  # (2 * query blocks, block_m) fp32: lse in log2 units, delta, lse, ...
+    rows: Any  # rows of block_m fp32: lse in log2 units, delta, perhaps units, lse, ...
 
 
 @aggregate
@@ -73,21 +73,25 @@ class Blocks:
     dout: gl.shared_memory_descriptor  # (DOUT_SLOTS, ..., BLOCK_M, PADDED_V)
     lse: gl.shared_memory_descriptor  # (SLOTS, 1, BLOCK_M)
     delta: gl.shared_memory_descriptor  # (DOUT_SLOTS, 1, BLOCK_M)
+    units: gl.shared_memory_descriptor  # (2 * SLOTS, 1, BLOCK_M), where sums of dQ are integers
     q_full: gl.shared_memory_descriptor  # (SLOTS, 1)
     dout_full: gl.shared_memory_descriptor  # (DOUT_SLOTS, 1)
     SLOTS: gl.constexpr
     DOUT_SLOTS: gl.constexpr  # SLOTS, or 1
+    NUMBERS: gl.constexpr  # of a row of queries: 2, or 3 with units
 
     @gluon.constexpr_function
-    def __init__(self, q, dout, lse, delta, q_full, dout_full, SLOTS, DOUT_SLOTS):
+    def __init__(self, q, dout, lse, delta, units, q_full, dout_full, SLOTS, DOUT_SLOTS, NUMBERS):
         self.q = q
         self.dout = dout
         self.lse = lse
         self.delta = delta
         self.q_full = q_full
         self.dout_full = dout_full
+        self.units = units
         self.SLOTS = gl.constexpr(SLOTS)
         self.DOUT_SLOTS = gl.constexpr(DOUT_SLOTS)
+        self.NUMBERS = gl.constexpr(NUMBERS)
 
     @gluon.jit
     def claim(self, i):
@@ -102,9 +106,12 @@ class Blocks:
         claimed."""
         slot = i % self.SLOTS
         full = self.q_full.index(slot)
-        mbarrier.expect(full, bytes_of(x.q) + bytes_of(x.rows))
+        mbarrier.expect(full, bytes_of(x.q) + (self.NUMBERS - 1) * bytes_of(x.rows))
         load_rows(x.q, batch, head, row, full, self.q.index(slot))
-        tma_load(x.rows, [2 * block, 0], full, self.lse.index(slot))
+        tma_load(x.rows, [self.NUMBERS * block, 0], full, self.lse.index(slot))
+        if self.NUMBERS > 2:
+            place = self.units.index(slot_of(i, 2 * self.SLOTS))
+            tma_load(x.rows, [self.NUMBERS * block + 2, 0], full, place)
 
     @gluon.jit
     def fill_dout(self, i, x, batch, head, row, block):
@@ -115,7 +122,7 @@ class Blocks:
         full = self.dout_full.index(slot)
         mbarrier.expect(full, bytes_of(x.dout) + bytes_of(x.rows))
         load_rows(x.dout, batch, head, row, full, self.dout.index(slot))
-        tma_load(x.rows, [2 * block + 1, 0], full, self.delta.index(slot))
+        tma_load(x.rows, [self.NUMBERS * block + 1, 0], full, self.delta.index(slot))
 
     @gluon.jit
     def wait_queries(self, i):
@@ -147,6 +154,13 @@ class Blocks:
     def delta_of(self, i):
         """(BLOCK_M,), of an item whose dO has come."""
         row = self.delta.index(i % self.DOUT_SLOTS)
+        return row.reshape((row.shape[-1],))
+
+    @gluon.jit
+    def units_of(self, i):
+        """(BLOCK_M,) how many units of dQ are 1, of an item whose queries have come. They stay for
+        one step more: a share of dQ may be handed over after its queries were released."""
+        row = self.units.index(slot_of(i, 2 * self.SLOTS))
         return row.reshape((row.shape[-1],))
 
     @gluon.jit

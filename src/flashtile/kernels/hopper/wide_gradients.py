@@ -154,7 +154,7 @@ def wide_step(x, side, kept, blocks, i, more, keys, head, place, variant, unit,
     blocks.release_dout()  # as soon as may be: it has one slot
     dq = warpgroup_mma_wait(1, deps=[dq_token])
     if own_columns(TILE.dim, WARPGROUP) == 128:
-        hand_over(side.dq, dq, WARPGROUP)
+        hand_over(side, blocks, i, dq, WARPGROUP)
         dq_token = multiply_ds(side, i, COLUMN + 64)
         if more:
             blocks.wait_queries(i + 1)
@@ -168,7 +168,7 @@ def wide_step(x, side, kept, blocks, i, more, keys, head, place, variant, unit,
         s_token = multiply_keys(side, kept, blocks, i + 1, WARPGROUP, TILE)
         dk = warpgroup_mma_wait(SCORES, deps=[dk_token])
         blocks.release(i)
-    hand_over(side.dq, dq, WARPGROUP)
+    hand_over(side, blocks, i, dq, WARPGROUP)
     s = warpgroup_mma_wait(0, deps=[s_token])
     return Columns(dk, dv, s)
 

@@ -1,0 +1,48 @@
+"""dQ of blocks of queries whose sums as integers say too little (see `units`), by the portable
+kernels' mainloop."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from flashtile.kernels.backward import QueryTile, query_tile_gradient
+from flashtile.kernels.numbers import number
+from flashtile.kernels.views import load_tile, open_sequence, open_tile, tokens
+
+TOGETHER = tl.constexpr(8)
+"""Blocks of a program, far from each other. Nearly always none is to be computed, and a program of
+each would take 9 us to see that, as many as 4 x 4k tokens of 16 heads have (H200)."""
+
+
+@triton.jit
+def query_gradients_again(q, k, v, dout, dq, space, blocks, q_seq, k_seq, variant, scale, heads,
+                          TILE: tl.constexpr):  # fmt: skip
+    """dQ of those of `blocks` blocks of queries that are to be computed again."""
+    first, step, end = tl.program_id(0), tl.num_programs(0), number(blocks)
+    idx = first + step * tl.arange(0, TOGETHER)
+    if tl.max(tl.load(space.coarse + idx, mask=idx < end, other=0), 0) > 0:
+        for block in range(first, end, step):
+            if tl.load(space.coarse + block) > 0:
+                query_gradient_again(q, k, v, dout, dq, space, block, q_seq, k_seq, variant, scale,
+                                     heads, TILE)  # fmt: skip
+
+
+@triton.jit
+def query_gradient_again(q, k, v, dout, dq, space, block, q_seq, k_seq, variant, scale, heads,
+                         TILE: tl.constexpr):  # fmt: skip
+    """dQ of one block of queries."""
+    BLOCK_M: tl.constexpr = TILE.block_m
+    batch, head, first = open_tile(q_seq, number(heads.count), block, False, BLOCK_M)
+    span = open_sequence(q_seq, batch)
+    queries = load_tile(q, tokens(q, q_seq, span, head), q_seq, span, first, False, BLOCK_M,
+                        TILE.dim, TILE.padded)  # fmt: skip
+    do = load_tile(dout, tokens(dout, q_seq, span, head), q_seq, span, first, False, BLOCK_M,
+                   TILE.dim_v, TILE.padded_v)  # fmt: skip
+    rows = space.rows + tl.cast(block, tl.int64) * (3 * BLOCK_M) + tl.arange(0, BLOCK_M)
+    lse2, delta = tl.load(rows), tl.load(rows + BLOCK_M)
+    if len(variant.dropouts) > 0:  # there probabilities have the factor
+        lse2 += tl.log2(variant.dropouts[0].rescale)
+    own = QueryTile(queries, do, lse2, delta)
+    query_tile_gradient(own, k, v, dq, batch, head, first, q_seq, k_seq, variant, scale, heads,
+                        TILE)  # fmt: skip
