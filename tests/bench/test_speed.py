@@ -12,7 +12,7 @@ from torch import Tensor
 
 from flashtile import flash_attn_func
 from flashtile.bench import providers, run, speed
-from flashtile.bench.features import FEATURES, ORDERED, Cell
+from flashtile.bench.features import FEATURES, SAME_BITS, Cell
 from flashtile.bench.gate import Gate, draw
 from flashtile.bench.options import Options
 
@@ -71,10 +71,11 @@ def test_every_feature_runs_against_plain_attention(feature: str, options: Make)
     for row in rows:
         found = row["providers"]
         assert "tflops" in found["flashtile"] and "tflops" in found["plain"], found
-        lacks = ("softcap", "sink", *ORDERED)
+        lacks = ("softcap", "sink", *SAME_BITS)
         refused = feature in lacks or feature.startswith("page")
         assert ("reason" in found["math"]) == refused, found
-        assert row["plain"]["feature"] in ("full", "causal", "documents", "prefix")
+        masks = ("documents", "prefix", "blocks", "mask")
+        assert row["plain"]["feature"] in ("full", "causal", *masks)
 
 
 def test_cells_of_features(options: Make) -> None:
@@ -89,7 +90,7 @@ def test_cells_of_features(options: Make) -> None:
     assert cells["gqa"] == [Cell("gqa", 1, 16384, 32, 8, 128)]
     assert cells["mqa"] == [Cell("mqa", 1, 4096, 32, 1, 128)]
     assert cells["bias"] == [Cell("bias", 4, 4096, 16, 16, 128)]
-    for feature in ORDERED:
+    for feature in SAME_BITS:
         sizes = [(c.batch, c.seqlen, c.head_dim) for c in every if c.feature == feature]
         assert sizes == [(b, n, d) for d in (128, 64, 256) for b, n in ((4, 4096), (1, 16384))]
     baselines = [FEATURES["lengths"](c, torch.device("cpu")).baseline for c in cells["lengths"]]

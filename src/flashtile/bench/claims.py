@@ -8,6 +8,7 @@ from __future__ import annotations
 from statistics import geometric_mean
 from typing import NamedTuple
 
+from flashtile.bench.features import SAME_BITS
 from flashtile.bench.peers import best_of_peers, over_best_peer
 from flashtile.bench.summary import (
     Document,
@@ -34,9 +35,7 @@ OVERHEADS = {
     ("triton", "bwd"): _TRITON,
     ("hopper", "fwd"): {"softcap": 1.12, "alibi": 1.12, "sink": 1.12, "varlen": 1.05, "gqa": 1.03,
                         "mqa": 1.03, "lengths": 1.06, "page 16": 1.10, "page 256": 1.03},
-    ("hopper", "bwd"): {"varlen": 1.06, "gqa": 1.05, "deterministic": 1.15,
-                        "deterministic full": 1.15, "deterministic documents": 1.15,
-                        "deterministic prefix": 1.15},
+    ("hopper", "bwd"): {"varlen": 1.06, "gqa": 1.05, **dict.fromkeys(SAME_BITS, 1.15)},
 }  # fmt: skip
 """The most time that features may take, for the same work, in units of plain attention's."""
 

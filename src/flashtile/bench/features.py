@@ -205,7 +205,7 @@ def sink(cell: Cell, device: torch.device) -> Work:
 
 
 def deterministic(cell: Cell, device: torch.device) -> Work:
-    """Gradients that are summed in one order."""
+    """Gradients that are the same bits."""
     return causal(cell, device)._replace(keywords={"causal": True, "deterministic": True})
 
 
@@ -214,16 +214,12 @@ def deterministic_full(cell: Cell, device: torch.device) -> Work:
     return plain._replace(keywords={"deterministic": True})
 
 
-def deterministic_documents(cell: Cell, device: torch.device) -> Work:
-    """Of each row sixteen, against the same in any order."""
-    plain, baseline = documents(cell, device), replace(cell, feature="documents")
+def deterministic_mask(cell: Cell, device: torch.device) -> Work:
+    """Under one of the masks that are tensors or functions, against the same by default."""
+    feature = cell.feature.removeprefix("deterministic ")
+    plain, baseline = FEATURES[feature](cell, device), replace(cell, feature=feature)
     keywords = {**plain.keywords, "deterministic": True}
     return plain._replace(keywords=keywords, baseline=baseline, lengths=())
-
-
-def deterministic_prefix(cell: Cell, device: torch.device) -> Work:
-    plain, baseline = prefix(cell, device), replace(cell, feature="prefix")
-    return plain._replace(keywords={**plain.keywords, "deterministic": True}, baseline=baseline)
 
 
 def lengths(cell: Cell, device: torch.device) -> Work:
@@ -328,15 +324,15 @@ FEATURES: dict[str, Callable[[Cell, torch.device], Work]] = {
     "sink": sink,
     "deterministic": deterministic,
     "deterministic full": deterministic_full,
-    "deterministic documents": deterministic_documents,
-    "deterministic prefix": deterministic_prefix,
+    "deterministic documents": deterministic_mask,
+    "deterministic prefix": deterministic_mask,
+    "deterministic blocks": deterministic_mask,
+    "deterministic mask": deterministic_mask,
     "lengths": lengths,
     "varlen": varlen,
     "page 16": pages,
     "page 256": pages,
 }
 
-ORDERED = (
-    "deterministic", "deterministic full", "deterministic documents", "deterministic prefix",
-)  # fmt: skip
+SAME_BITS = tuple(name for name in FEATURES if name.startswith("deterministic"))
 """Features of which only the gradients are of interest."""

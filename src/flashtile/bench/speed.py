@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from flashtile.bench import providers
-from flashtile.bench.features import FEATURES, ORDERED, Cell, Work, flops
+from flashtile.bench.features import FEATURES, SAME_BITS, Cell, Work, flops
 from flashtile.bench.gate import Gate, Inputs, draw
 from flashtile.bench.measure import Function
 from flashtile.bench.options import Options
@@ -22,7 +22,7 @@ from flashtile.explain import explain
 DENSE = ("flashtile", "flashtile-triton", "fa2", "cudnn", "flex", "flash-attn", "fa3", "fa4")
 FEATURE = ("flashtile", "flashtile-triton", "fa2", "efficient", "flex", "flash-attn", "fa3", "fa4")
 
-OTHER_DIMS = {64: ("window", "softcap", "dropout", "documents", *ORDERED), 256: ORDERED}
+OTHER_DIMS = {64: ("window", "softcap", "dropout", "documents", *SAME_BITS), 256: SAME_BITS}
 """The features that are measured at other head dims than 128."""
 
 UNEVEN = ((1000, 16), (3000, 16), (5000, 16), (12345, 16), (4096, 12), (4096, 20))
@@ -64,7 +64,7 @@ def _of_feature(cell: Cell, options: Options) -> Iterator[Cell]:
                 yield replace(cell, batch=tokens // seqlen, seqlen=seqlen, heads=count,
                               kv_heads=count)  # fmt: skip
         return
-    if feature in ORDERED:
+    if feature in SAME_BITS:
         for seqlen in sorted({min(tokens, 4096), tokens}):
             yield replace(cell, batch=tokens // seqlen, seqlen=seqlen)
         return

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from flashtile.bench.claims import layer_gain
-from flashtile.bench.features import ORDERED
+from flashtile.bench.features import SAME_BITS
 from flashtile.bench.headline import headline
 from flashtile.bench.peers import over_best_peer
 from flashtile.bench.record import read
@@ -162,7 +162,7 @@ def features(results: Path) -> str:
                 _both((against_plain(r) for r in pair), "x"),
                 *(_both((ratio(r, name) for r in pair), "x") for name in PEERS),
             ))  # fmt: skip
-    sentences = [*_gains(document), *_layer(document), *_lengths(document), *_ordered(document)]
+    sentences = [*_gains(document), *_layer(document), *_lengths(document), *_same_bits(document)]
     return "\n".join((*lines, "", *sentences, "", _source(document, GPU)))
 
 
@@ -202,12 +202,12 @@ def _lengths(document: Document) -> list[str]:
             f"{', '.join(found)}."]  # fmt: skip
 
 
-def _ordered(document: Document) -> list[str]:
-    """What gradients cost that are summed in one order."""
+def _same_bits(document: Document) -> list[str]:
+    """What gradients cost that are the same bits."""
     found = [
         f"{row['plain']['feature']} {row['head_dim']} x {row['seqlen']:,} {cost:.2f}x"
         for row in document["rows"]
-        if row["feature"] in ORDERED and row["mode"] == "bwd" and (cost := against_plain(row))
+        if row["feature"] in SAME_BITS and row["mode"] == "bwd" and (cost := against_plain(row))
     ]
     if not found:
         return []
