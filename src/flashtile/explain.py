@@ -61,7 +61,7 @@ class Explanation:
         if kernels is None:
             return []
         if self.plan.gradients == "hopper":
-            reason = cannot_backward(p, self.deterministic)
+            reason = cannot_backward(p)
             if reason is None:
                 tile = backward_tile(p, self.deterministic)
                 text = f"{tile.block_m} queries x {tile.block_n} keys, dQ added {tile.adds}"

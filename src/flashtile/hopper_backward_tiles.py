@@ -93,7 +93,7 @@ class HopperBackwardTile:
         return keys + queries + douts + units + ds + dq
 
 
-def cannot_backward(problem: AttentionProblem, deterministic: bool = False) -> str | None:
+def cannot_backward(problem: AttentionProblem) -> str | None:
     """Why the kernel cannot do a problem whose forward the Hopper backend does, or None."""
     missing, reason = sorted(problem.features & MISSING), None
     head_dim, head_dim_v = problem.head_dim, problem.head_dim_v

@@ -53,7 +53,7 @@ def _on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     tiles = "find_keys _blocks_of start_walk go_on hidden_steps row_of block_of first_block"
     for module, names in (
         (key_tiles, [*tiles.split(), "tiles_before"]),
-        (query_lists, ["open_list", "place_of", "row_there", "find_sums"]),
+        (query_lists, ["open_list", "place_of", "row_there", "find_block"]),
     ):
         for name in names:
             monkeypatch.setattr(module, name, getattr(module, name).fn)
@@ -205,7 +205,7 @@ def _steps(call: Call, tile: HopperBackwardTile, parts: int = 1) -> list[list[St
         base = key_tiles.first_block(work, q_seq, keys.batch, tile)
         span = _open_sequence(q_seq, keys.batch)
         for _ in range(int(keys.blocks) * _number(work.heads.group)):
-            block, before = query_lists.find_sums(keys, walk, None, base, span, q_seq, k_seq, seen,
+            block, before = query_lists.find_block(keys, walk, None, base, span, q_seq, k_seq, seen,
                                                   None, work, tile)  # fmt: skip
             row = int(query_lists.place_of(None, None, keys, walk, span, tile))
             where = (int(keys.batch), int(keys.kv_head) // parts, int(keys.key))

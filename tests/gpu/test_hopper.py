@@ -195,7 +195,7 @@ def test_more_tiles_than_ctas(dim: int, length: int, causal: bool) -> None:
 
 def _leave_nan_in_freed_memory() -> None:
     """For what is allocated next. `poisoned_allocations` asks for deterministic algorithms, and so
-    for dQ summed in order."""
+    for dQ in integers."""
     sizes = (2**17, 2**17, 2**24, 2**24)  # of torch's pools for small and large tensors
     held = [torch.full((n,), math.nan, device="cuda") for n in sizes for _ in range(8)]
     del held
@@ -230,8 +230,8 @@ OWN_HEADS: list[dict[str, Any]] = [
 @pytest.mark.parametrize("features", OWN_HEADS, ids=str)
 @pytest.mark.parametrize("dim", [64, 128])
 def test_packed_gradients_of_heads_of_their_own(dim: int, features: dict[str, Any]) -> None:
-    """Of no group, not in order, and more tiles than CTAs: last blocks of every length, half empty
-    or not, sequences without queries or keys, keys past a tile's last query."""
+    """Of no group, in sums of floats, and more tiles than CTAs: last blocks of all lengths, half
+    empty or not, sequences without queries or keys, keys past a tile's last query."""
     lengths = tuple((n % 200, (n + 33 * (n % 5) - 40) % 330) for n in range(1, 201))
     case = Case("own", heads=3, kv_heads=3, head_dim=dim, lengths=lengths, features=features)
     problem = case.draw(dim, BF16, "cuda")
@@ -276,8 +276,8 @@ def test_gradients_of_keys_repeat(dim: int) -> None:
 def test_deterministic_gradients(
     dim: int, kv_heads: int, lengths: tuple[tuple[int, int], ...], features: dict[str, Any]
 ) -> None:
-    """dQ is bitwise the same where tiles add in order; blocks that see no key are 0."""
-    case = Case("order", 515, 343, heads=12, kv_heads=kv_heads, head_dim=dim, lengths=lengths,
+    """dQ is bitwise the same in integers; blocks that see no key are 0."""
+    case = Case("same bits", 515, 343, heads=12, kv_heads=kv_heads, head_dim=dim, lengths=lengths,
                 features=features)  # fmt: skip
     problem = case.draw(dim, BF16, "cuda")
     with poisoned_allocations():
@@ -323,7 +323,7 @@ def test_deterministic_gradients_of_masks_given_as_tensors(dim: int, kind: str) 
     features: dict[str, Any] = {"causal": True} if kind == "causal documents" else {}
     features |= {"window_size": (300, 90)} if "window" in kind else {}
     features |= {"causal": True, "attention_chunk": 200} if "chunk" in kind else {}
-    case = Case("order", 780, 643, heads=12, kv_heads=4, head_dim=dim, lengths=lengths,
+    case = Case("same bits", 780, 643, heads=12, kv_heads=4, head_dim=dim, lengths=lengths,
                 features=features)  # fmt: skip
     _assert_repeats(case.draw(dim, BF16, "cuda"), _listed_masks(kind, lengths))
 
@@ -352,8 +352,8 @@ FUNCTIONS: list[tuple[str, dict[str, Any]]] = [
 def test_deterministic_gradients_of_mask_functions(
     dim: int, name: str, features: dict[str, Any]
 ) -> None:
-    """Lists of a function's range of queries, which beside tensors are the tensors', and a
-    function without any, whose blocks are the band's."""
+    """A function with ranges, also beside tensors with lists, and one without, whose blocks are the
+    band's."""
     counts = torch.tensor([333, 70], dtype=torch.int32, device="cuda")
     function = {"prefix": prefixed(counts, True), "bare prefix": prefixed(counts, False),
                 "recent": remembering(), "strided": striding()}[name]  # fmt: skip
@@ -364,19 +364,18 @@ def test_deterministic_gradients_of_mask_functions(
         given |= _listed_masks("heads", ())
     if "score_mod" in features:
         given["score_mod"] = bending(torch.linspace(-0.4, 0.7, 12, device="cuda"))
-    case = Case("order", 780, 643, heads=12, kv_heads=4, head_dim=dim)
+    case = Case("same bits", 780, 643, heads=12, kv_heads=4, head_dim=dim)
     _assert_repeats(case.draw(dim, BF16, "cuda"), given)
 
 
 @pytest.mark.parametrize("name", ["prefix", "bare prefix", "recent"])
 @pytest.mark.parametrize("dim", [64, 128, 256])
 def test_deterministic_gradients_of_packed_mask_functions(dim: int, name: str) -> None:
-    """Of a list for each sequence, or of none, in use as a whole or in part. Where the longest are
-    unknown the portable kernels do it."""
+    """In use as a whole or in part, and where the longest are unknown."""
     lengths = ((300, 300), (1, 700), (0, 9), (500, 130), (780, 643))
     counts = torch.tensor([40, 333, 0, 70, 129], dtype=torch.int32, device="cuda")
     function = prefixed(counts, name == "prefix") if "prefix" in name else remembering()
-    case = Case("order", heads=12, kv_heads=4, head_dim=dim, lengths=lengths)
+    case = Case("same bits", heads=12, kv_heads=4, head_dim=dim, lengths=lengths)
     known = {"max_seqlen_q": 780, "max_seqlen_k": 700}
     used = {"seqused_q": _ints(170, 1, 0, 500, 700), "seqused_k": _ints(300, 650, 9, 65, 600)}
     for bounds in (known, known | used, {}):
@@ -387,7 +386,7 @@ def test_deterministic_gradients_of_one_side_of_bounds() -> None:
     """What queries say of keys is no bound of the keys' tiles."""
     for dim in (64, 128, 256):
         function = prefixed(torch.tensor([333, 70], dtype=torch.int32, device="cuda"), True)
-        case = Case("order", 780, 643, heads=12, kv_heads=4, head_dim=dim)
+        case = Case("same bits", 780, 643, heads=12, kv_heads=4, head_dim=dim)
         given = {"mask_mod": replace(function, queries=None)}
         _assert_repeats(case.draw(dim, BF16, "cuda"), given)
 

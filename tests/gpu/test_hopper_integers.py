@@ -1,5 +1,5 @@
-"""dQ in sums of integers, where numbers are far apart, or none: as good as in sums of floats, and
-what is not finite there is the same."""
+"""dQ in sums of integers, of numbers of many sizes: as good as in sums of floats, and what is not
+finite there is the same."""
 
 from __future__ import annotations
 

@@ -63,7 +63,7 @@ def test_biases_beside_others(dim: int, features: dict[str, Any], tensors: tuple
 @pytest.mark.parametrize("kind", ["bias", "attn_mask"])
 @pytest.mark.parametrize("dim", [64, 128, 256])
 def test_deterministic_gradients(dim: int, kind: str, causal: bool) -> None:
-    """In order; of a float mask by its lists, with blocks of which nothing is seen."""
+    """Of a float mask by its lists, with blocks of which nothing is seen."""
     case = Case(kind, 780, 643, heads=12, kv_heads=4, head_dim=dim,
                 features={"causal": causal, "deterministic": True})  # fmt: skip
     problem = case.draw(dim, BF16, "cuda")

@@ -144,7 +144,7 @@ def test_tiles_of_sequences_with_many_queries_come_first(dim: int) -> None:
     assert space.order.tolist() == found + [[len(LENGTHS), n] for n in range(left)]
 
 
-def test_where_tiles_take_turns_locks_are_cleared_rather_than_sums() -> None:
+def test_where_the_first_tile_stores_locks_are_cleared_rather_than_sums() -> None:
     call, tile = _call(64, 300)
     tile = replace(tile, adds="after the first", persistent=True)
     out, lse = torch.randn(2, 300, 4, 64), torch.randn(2, 4, 300)

@@ -59,9 +59,7 @@ class Workspace(NamedTuple):
     """What the kernels pass on, linear in tokens. Queries are padded to whole blocks."""
 
     rows: Tensor  # (2 | 3 * query blocks, block_m) fp32: lse in log2 units, delta, units, lse, ...
-    acc: (
-        Tensor  # (query blocks * block_m * padded / 256, 256) fp32 or int32, of dQ in its own order
-    )
+    acc: Tensor  # (query blocks * block_m * padded / 256, 256) fp32 or int32: sums of dQ
     counter: Tensor | None = None  # (1,) int32: see `key_tiles.KeyWork`
     locks: Tensor | None = None  # (query blocks,) int32: see `query_gradients.add_shares`
     bounds: Tensor | None = None  # (tiles of keys, 2) fp32: see `kernels.hopper.units`
@@ -85,7 +83,7 @@ def backward(
     empty_operand = 0 in (x.numel() for x in call.operands[:3])  # TMA has none
     # One of dQ alone, or without it, is one kernel of the portable backend's.
     several = needs[0] and (needs[1] or needs[2])
-    if empty_operand or not several or cannot_backward(problem, deterministic) is not None:
+    if empty_operand or not several or cannot_backward(problem) is not None:
         return triton.backward(call, plan, dout, dlse, out, lse, needs)
     q, dout = (mapped(x, ragged_q(call)) for x in (call.operands.q, dout))
     k, v = (mapped(x, ragged_k(call)) for x in call.operands[1:3])

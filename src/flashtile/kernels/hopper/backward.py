@@ -50,7 +50,7 @@ from flashtile.kernels.hopper.key_tiles import (
 from flashtile.kernels.hopper.locks import keep_locks, make_debts
 from flashtile.kernels.hopper.query_gradients import add_shares, open_places
 from flashtile.kernels.hopper.query_lists import (
-    find_sums,
+    find_block,
     open_list,
     open_lists,
     place_of,
@@ -78,7 +78,7 @@ from flashtile.kernels.views import open_sequence
 class Outputs(NamedTuple):
     """Descriptors of what is written."""
 
-    dq: Any  # fp32 sums, rows of 256 (see `query_gradients`)
+    dq: Any  # fp32 or int32 sums, rows of 256 (see `query_gradients`)
     dk: Any  # rows of 64
     dv: Any
 
@@ -166,9 +166,9 @@ def add_queries(dq, side, queue, debts, q_seq, k_seq, masks, lists, work, TILE: 
         if steps > 0:
             open_places()
         for j in range(steps):
-            sums, before = find_sums(tile, walk, schedule, base, q_span, q_seq, k_seq, masks, lists,
-                                     work, TILE)  # fmt: skip
-            owed = add_shares(dq, side.dq, work.locks, debts, sums, before, owed, j == steps - 1,
+            block, before = find_block(tile, walk, schedule, base, q_span, q_seq, k_seq, masks,
+                                       lists, work, TILE)  # fmt: skip
+            owed = add_shares(dq, side.dq, work.locks, debts, block, before, owed, j == steps - 1,
                               TILE)  # fmt: skip
             walk = go_on(walk, tile, work, TILE)
         tma_store_wait(0)

@@ -89,23 +89,23 @@ def open_places():
 
 
 @gluon.jit
-def add_shares(acc, places, locks, debts, sums, before, owed, LAST, TILE: gl.constexpr):
-    """Add all shares of a block's dQ to its `sums`, and free their places unless they are the LAST.
+def add_shares(acc, places, locks, debts, block, before, owed, LAST, TILE: gl.constexpr):
+    """Add all shares of a block's dQ to its sums, and free their places unless they are the LAST.
     Returns how many locks were given to be set so far, `owed` of them before.
 
     `before` tiles see the block before this one, and all of them are earlier tiles of the launch,
     so that nobody waits for a CTA that has not started. Where there are locks, the first tile
-    stores, and the sums' lock tells that it has.
+    stores, and the block's lock tells that it has.
     """
     if TILE.locked:
-        wait_lock((locks + sums).to(gl.int64), gl.minimum(before, 1))
+        wait_lock((locks + block).to(gl.int64), gl.minimum(before, 1))
     SHARES: gl.constexpr = TILE.block_m * TILE.padded // SHARE
     for n in gl.static_range(SHARES // 2):
-        row = (SHARES * sums + 2 * n) * (SHARE // 256)
+        row = (SHARES * block + 2 * n) * (SHARE // 256)
         add_pair(acc, places, row, before, LAST, own_columns(TILE.dim, 0) // 64 - n,
                  own_columns(TILE.dim, 1) // 64 - n, TILE)  # fmt: skip
     if TILE.locked and before == 0:
-        debts.put(owed, sums, 1)
+        debts.put(owed, block, 1)
         owed += 1
     return owed
 

@@ -63,9 +63,9 @@ def row_there(lists, place, q_span, TILE: gl.constexpr):
 
 
 @gluon.jit
-def find_sums(tile, walk, schedule, base, q_span, q_seq, k_seq, masks, lists, work,
+def find_block(tile, walk, schedule, base, q_span, q_seq, k_seq, masks, lists, work,
               TILE: gl.constexpr):  # fmt: skip
-    """(the sums that a block's shares are added to, how many tiles do so before this one)."""
+    """(the number of the block that a place is in, how many tiles see it before this one)."""
     place, before = place_of(lists, schedule, tile, walk, q_span, TILE), 0
     row = row_there(lists, place, q_span, TILE)
     if TILE.locked:

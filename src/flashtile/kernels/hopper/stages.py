@@ -159,7 +159,7 @@ class Blocks:
     @gluon.jit
     def units_of(self, i):
         """(BLOCK_M,) how many units of dQ are 1, of an item whose queries have come. They stay for
-        one step more: a share of dQ may be handed over after its queries were released."""
+        two blocks more: a share of dQ may be handed over after its queries were released."""
         row = self.units.index(slot_of(i, 2 * self.SLOTS))
         return row.reshape((row.shape[-1],))
 
