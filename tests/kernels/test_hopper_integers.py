@@ -13,17 +13,15 @@ from torch import Tensor
 
 from flashtile import plan, reference
 from flashtile.api import normalise
-from flashtile.backends import triton
+from flashtile.backends import blocklists, triton
 from flashtile.backends.hopper_backward import (
-    LEAST_UNITS,
     Workspace,
     again_launch,
     finish_launch,
-    tiles_of_a_head,
 )
 from flashtile.backends.launch import run
 from flashtile.hopper_backward_tiles import HopperBackwardTile, backward_tile
-from flashtile.kernels.hopper.again import TOGETHER
+from flashtile.kernels.hopper.again import TOGETHER, block_of
 from flashtile.problem import Call, describe
 from flashtile.testing import assert_within_budget
 from flashtile.testing.functions import bending
@@ -40,6 +38,7 @@ from flashtile.testing.hopper_backward import (
     prepared,
     units_of,
 )
+from flashtile.testing.interpreter import interpreted
 
 ROOM = 2.0**30
 """Units of a row's bound."""
@@ -55,8 +54,8 @@ def _row_numbers(units: Tensor) -> Tensor:
 
 
 def _least(call: Call, tile: HopperBackwardTile) -> int:
-    tiles = tiles_of_a_head(call, tile) // (1 if call.varlen else call.batch)
-    return math.ceil(LEAST_UNITS * math.sqrt(tiles))
+    """128 for one share, and as many times more as the errors of several are."""
+    return math.ceil(128 * math.sqrt(-(-call.seqlen_k // tile.block_n)))
 
 
 def _finished(call: Call, tile: HopperBackwardTile, sums: Tensor, units: Tensor,
@@ -190,6 +189,43 @@ def test_again_where_no_block_is_coarse() -> None:
     dq = torch.full_like(work.call.operands.q, 77.0)
     _again(work, space._replace(coarse=torch.zeros_like(space.coarse)), dq)
     assert dq.eq(77.0).all()
+
+
+def test_tiles_that_are_hidden_are_passed_over_again() -> None:
+    """Of all rows, since values of them are no numbers."""
+    with interpreted(16, 16, list_block=128):
+        seen = torch.arange(300) % 7 > 1
+        seen[128:256] = False
+        work = dense_work(seqlen=300, batch=1, heads=(2, 1), causal=False, attn_mask=seen)
+        codes = blocklists.classify(work.call)
+        call = work.call._replace(operands=work.call.operands._replace(mask_blocks=codes))
+        call.operands.v[:, 128:256] = torch.nan
+        work = work._replace(call=call)
+        space = prepared(work)
+        assert units_of(work, space).isnan().all()
+        assert space.coarse is not None
+        dq = torch.full_like(call.operands.q, torch.nan)
+        _again(work, space._replace(coarse=torch.ones_like(space.coarse)), dq)
+        torch.testing.assert_close(dq.double(), work.golden, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("blocks", [1, 7, 8, 9, 296, 300, 1000, 4096, 5555])
+def test_every_block_is_somebodys(blocks: int) -> None:
+    """Once; and neighbours are not one program's, nor are the same blocks of several heads."""
+    programs = -(-blocks // TOGETHER.value)
+    whose = {
+        block_of.fn(program, programs, turn): program
+        for program in range(programs)
+        for turn in range(TOGETHER.value)
+    }
+    assert len(whose) == TOGETHER.value * programs
+    assert set(range(blocks)) <= set(whose)
+    for heads in (2, 8, 16, 64) if blocks > 1000 else ():
+        for first in (0, 1):
+            own = [whose[first + blocks // heads * head] for head in range(heads)]
+            assert len(set(own)) == heads
+    if blocks > 512:
+        assert all(len({whose[n + i] for i in range(8)}) == 8 for n in range(blocks - 8))
 
 
 def test_rows_of_no_numbers_stay_so() -> None:

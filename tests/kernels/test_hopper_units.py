@@ -60,7 +60,16 @@ def _formula(work: Work) -> Tensor:
         longest, most = (x.repeat_interleave(group) for x in (longest, most))
         length = work.dout[q].double().norm(dim=-1)
         bound[q] = (length * rescale * longest + delta[q].abs()) * most * work.tile.steepest
-    return bound.transpose(-1, -2)
+    return bound.transpose(-1, -2) * _mass(work)
+
+
+def _mass(work: Work) -> Tensor | float:
+    """What rows' probabilities sum to, and a little more."""
+    sink = work.call.operands.learnable_sink
+    if sink is None:
+        return 1.0
+    taken = torch.exp(sink[:, None].double() - work.lse.double())
+    return 1.0 - taken + 2.0**-14 + work.lse.double().abs() * 2.0**-21
 
 
 def _assert_bounded(work: Work, space: Workspace) -> None:
@@ -96,6 +105,7 @@ CALLS: dict[str, dict[str, Any]] = {
     "softcap": {"softcap": 1.5},
     "window": {"window_size": (9, 0)},
     "function": {"score_mod": bending(torch.full((4,), 0.1))},
+    "sink": {"learnable_sink": torch.tensor([-3.0, 2.0, 9.0, 14.0]), "with_dlse": True},
     "few keys used": {"seqused_k": torch.tensor([131, 40], dtype=torch.int32)},
 }
 
@@ -221,6 +231,23 @@ def test_rows_may_be_of_few_units_where_no_key_is_far_from_the_others(what: int)
     assert units[0].lt(0).all()
     assert units[1, :2].lt(0).all()
     assert units[1, 2:, :200].gt(0).all()
+
+
+@pytest.mark.parametrize("sink", [None, torch.tensor([5.0, 5.0])], ids=["alone", "sink"])
+def test_how_far_from_a_row_keys_may_be_for_it_to_be_of_few_units(sink: Tensor | None) -> None:
+    """256 times what is left of it."""
+    q, k, v = torch.randn(1, 300, 2, 64), *torch.randn(2, 1, 300, 1, 64)
+    v[:, 200], k[:, 270] = 10 * v[:, 200], 4 * k[:, 270]
+    work = begin(q, k, v, causal=True, **({} if sink is None else {"learnable_sink": sink}))
+    work.out.mul_(torch.logspace(-3, 1, 300).view(-1, 1, 1))
+    units = units_of(work, prepared(work))
+    tiles = [x.abs().max() for x in k.split(work.tile.block_n, 1)]
+    far = v.norm(dim=-1).max() / work.out.norm(dim=-1) * max(tiles) / min(tiles)
+    far = far.transpose(1, 2) * _mass(work)
+    assert far.min() < 64
+    assert far.max() > 1024
+    assert units[far < 255].lt(0).all()
+    assert units[far > 257].gt(0).all()
 
 
 def test_scores_of_which_few_bits_are_behind_the_point() -> None:

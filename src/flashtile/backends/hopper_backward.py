@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
@@ -35,15 +36,16 @@ from flashtile.kernels.numbers import opaque
 from flashtile.kernels.schedule import BlockList
 from flashtile.plan import Plan
 from flashtile.problem import Call, describe
-from flashtile.tiles import KernelConfig, power_of_two
+from flashtile.tiles import power_of_two
 
 TILES_TOGETHER = 256
 """Tiles that are taken longest first before those of other heads follow: about two for each of an
 H200's 132 SMs. Fewer, and CTAs end far apart; more, and dQ's sums leave L2."""
 
-LEAST_UNITS = 512
+LEAST_UNITS = 128
 """Units that the largest entry of a row of dQ has at least beside outliers, times the square root
-of how many shares are rounded to one: their errors are 2^-11 of it then."""
+of how many shares are rounded to one, and in fp16 eight times as many: their errors are 2^-9 and
+2^-12 of it then, rms, as large as those of rounding it."""
 
 FAR_ROWS = 2**31
 """Elements between the rows of a matrix from which products with them need 64 bits."""
@@ -202,7 +204,7 @@ def prepare_launch(
         prepare.prepare_backward, triton.query_grid(call, tile.block_m),
         (token_view(out), token_view(dout), row_view(lse),
          triton.gradient_rows(dlse), space,
-         None if shares is None else call.operands.learnable_sink, shares,
+         call.operands.learnable_sink if tile.integers or shares is not None else None, shares,
          a.q_seq, a.k_seq if packed or tile.integers else None,
          opaque(tiles_of_a_head(call, tile)) if packed else None, a.heads,
          dropped[0].rescale if dropped else None, tile), _warps(tile),
@@ -252,14 +254,21 @@ def ragged_k(call: Call) -> bool:
 
 def finish_launch(call: Call, tile: HopperBackwardTile, space: Workspace, dq: Tensor) -> Launch:
     """dQ from its sums."""
-    a, shares = operands.arguments(call), tiles_of_a_head(call, tile)
-    if call.operands.k.dim() == 4:
-        shares //= call.batch
-    least = math.ceil(LEAST_UNITS * shares**0.5)
+    a, factor = operands.arguments(call), 8 if dq.dtype == torch.float16 else 1
+    least = math.ceil(factor * LEAST_UNITS * shares_of_a_block(call, tile) ** 0.5)
     return Launch(
         query_gradients.finish_query_gradient, triton.query_grid(call, tile.block_m),
         (space, token_view(dq), a.q_seq, a.scale, opaque(least), a.heads, tile), _warps(tile),
     )  # fmt: skip
+
+
+def shares_of_a_block(call: Call, tile: HopperBackwardTile) -> int:
+    """At most so many, as far as the host knows; of a window as many as it has tiles of keys."""
+    left, right = call.variant.window_left, call.variant.window_right
+    keys = call.seqlen_k
+    if left >= 0 and right >= 0:
+        keys = min(keys, left + right + tile.block_m + tile.block_n)
+    return -(-keys // tile.block_n)
 
 
 def bound_launch(call: Call, tile: HopperBackwardTile, space: Workspace) -> Launch:
@@ -275,7 +284,8 @@ def again_launch(
     call: Call, plan: Plan, tile: HopperBackwardTile, space: Workspace, dout: Tensor, dq: Tensor
 ) -> Launch:
     """dQ of the blocks whose sums say too little."""
-    a, config = operands.arguments(call), KernelConfig(tile.block_m, 32, 8 if tile.wide else 4, 1)
+    assert plan.kernels is not None
+    a, config = operands.arguments(call), replace(plan.kernels.dq, block_q=tile.block_m)
     blocks = triton.query_grid(call, tile.block_m)
     return Launch(
         again.query_gradients_again, -(-blocks // again.TOGETHER.value),

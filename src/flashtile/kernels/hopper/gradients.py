@@ -60,8 +60,6 @@ def probabilities(s, lse2, hidden, keys, head, place, variant, unit):
     if len(variant.score_mods) > 0:
         here = At(at.batch, head, first_q, at.first_k, own + constants, at.k_idx, at.q, at.k)
         s, slope = apply_with_slope(variant.score_mods, s, here)
-        if variant.steep is not None:
-            report_steep(slope + gl.zeros_like(s), variant.steep)
     p = gl.exp2(s * unit - lse2[None, :])
     if needs_masks(keys, place, first_q, variant.blocks, BLOCK_M):
         if _bounded(variant, at, first_q):
@@ -70,6 +68,8 @@ def probabilities(s, lse2, hidden, keys, head, place, variant, unit):
     if len(variant.dropouts) > 0:
         tile = At(at.batch, head, layouts.opaque(first_q), at.first_k, 0, 0, at.q, at.k)
         p = gl.where(dropped_queries(variant.dropouts[0], tile, BLOCK_M), -p, p)
+    if variant.steep is not None:
+        report_steep(p, slope, variant.steep)
     return p, slope
 
 

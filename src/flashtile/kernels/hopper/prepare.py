@@ -6,7 +6,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from flashtile.kernels.hopper.units import bounds_of_keys, lengths, squares, units_in_one
+from flashtile.kernels.hopper.units import (
+    bounds_of_keys,
+    lengths,
+    mass_beside,
+    squares,
+    units_in_one,
+)
 from flashtile.kernels.numbers import LOG2E, number
 from flashtile.kernels.prepare import row_numbers
 from flashtile.kernels.views import load_tile, open_sequence, open_tile, tokens
@@ -37,6 +43,12 @@ def order_tiles(order, q_seq, k_seq, slots, BLOCK: tl.constexpr):
             place = order + 2 * (before + tile)
             tl.store(place, tile * 0 + program, mask=tile < count)
             tl.store(place + 1, tile, mask=tile < count)
+
+
+@triton.jit
+def sink_weights(sink, head, lse):
+    """What a head's sink takes of each row's probabilities."""
+    return tl.math.exp2((tl.load(sink + head).to(tl.float32) - lse) * LOG2E)
 
 
 @triton.jit
@@ -86,14 +98,16 @@ def prepare_backward(out, dout, lse, dlse, space, sink, dsink, q_seq, k_seq, slo
                               TILE.block_n)  # fmt: skip
         if rescale is not None:
             length *= rescale
-        units = units_in_one(length, out_length, row_lse, row_delta, keys, do.dtype == tl.float16,
-                             TILE)  # fmt: skip
+        mass = 1.0
+        if sink is not None:
+            mass = mass_beside(sink_weights(sink, head, row_lse), row_lse)
+        units = units_in_one(length, out_length, mass, row_lse, row_delta, keys,
+                             do.dtype == tl.float16, TILE)  # fmt: skip
         tl.store(place + 2 * BLOCK_M, units)
     saved_lse, saved_delta = row_lse * LOG2E, row_delta
     if rescale is not None:
         saved_lse, saved_delta = saved_lse - tl.log2(rescale), row_delta / rescale
     tl.store(place, saved_lse)
     tl.store(place + BLOCK_M, saved_delta)
-    if sink is not None:
-        weight = tl.math.exp2((tl.load(sink + head).to(tl.float32) - row_lse) * LOG2E)
-        tl.store(dsink + block, -tl.sum(weight * row_delta, 0))
+    if dsink is not None:
+        tl.store(dsink + block, -tl.sum(sink_weights(sink, head, row_lse) * row_delta, 0))

@@ -5,10 +5,10 @@ do not, wrap around or not, as long as the sum itself fits. No entry of row i of
 
     (|dO_i| max |V_j| + |delta_i|) max |K_jd|
 
-of all keys j, since the row's probabilities sum to at most 1 and dS = P (dP - delta); a unit is
-2^-30 of that. A share is rounded to a multiple of it: of normal data rows of dQ have entries of up
-to 2^20 units at 16k keys. Where outliers among the keys leave a row few, or a bound is no number,
-`again` computes the row's block once more, by one program.
+of all keys j, since the row's probabilities sum to 1, or what a sink leaves of that, and dS = P (dP
+- delta); a unit is 2^-30 of that. A share is rounded to a multiple of it: of normal data rows of dQ
+have entries of up to 2^20 units at 16k keys. Where outliers among the keys leave a row few, or a
+bound is no number, `again` computes the row's block once more, by one program.
 """
 
 from __future__ import annotations
@@ -26,9 +26,10 @@ STEEPEST = tl.constexpr(hopper_backward_tiles.STEEPEST)
 
 LOOSE = tl.constexpr(256.0)
 """How far max |V_j| max |K_jd| may be above |O_i| and the largest |K_jd| of any tile of keys for a
-row of few units to be as it is. It has less than 2^-21 of |dO_i| |O_i| |K| as an error at 16k keys
-then, where rounding O costs delta 2^-13 of |dO_i| |O_i| in bf16 and 2^-16 in fp16 at head dim 128.
-What has so few units are rows that see one key, nearly, whose dQ is that error alone."""
+row of few units to be as it is. An entry's error is then 2^-20 of |dO_i| |O_i| max |K_jd| at 16k
+keys, where rounding O costs delta 2^-13 of |dO_i| |O_i| in bf16 and 2^-16 in fp16 at head dim 128.
+Rows of so few units see one key, nearly: what they have of dQ is small, and mostly that error,
+unless that key has a short K."""
 
 MOST_LSE = tl.constexpr(2.0**20)
 """Of larger ones so few bits are behind the point that probabilities may sum to more than 2."""
@@ -115,19 +116,27 @@ def bounds_of_keys(bounds, k_seq, batch, kv_head, kv_heads, BLOCK: tl.constexpr)
 
 
 @triton.jit
-def units_in_one(length, out_length, lse, delta, keys, HALF: tl.constexpr, TILE: tl.constexpr):
+def mass_beside(weight, lse):
+    """At least what is left of a row's probabilities, and little more than lse's rounding may add
+    to it: there are twice as many integers as a sum has room for."""
+    return tl.maximum(1.0 - weight, 0.0) + 2.0**-14 + tl.abs(lse) * 2.0**-21
+
+
+@triton.jit
+def units_in_one(length, out_length, mass, lse, delta, keys, HALF: tl.constexpr,
+                 TILE: tl.constexpr):  # fmt: skip
     """How many units of a row's dQ are 1; negative where they may be few (see LOOSE). 0 where dQ is
     0, and NaN where the bound is no number, or one whose inverse would be none. Of rows of dO, with
-    dropout's factor, and of O the lengths; keys: `bounds_of_keys`; HALF: in fp16. Rows that saw no
-    key have lse +inf."""
+    dropout's factor, and of O the lengths; mass: what a row's probabilities sum to, which a sink
+    takes its part of; keys: `bounds_of_keys`; HALF: in fp16. Rows that saw no key have lse +inf."""
     delta = tl.abs(delta)
     most_ds = (length * keys[0] + delta) * TILE.steepest
-    bound = most_ds * keys[1]
+    bound = most_ds * keys[1] * mass
     fits = (bound > 2.0**-90) & (bound < 2.0**90) & (tl.abs(lse) < MOST_LSE)
     if HALF:
         fits &= most_ds < MOST_DS
     units = tl.where(fits, 2.0**30 / bound, float("nan"))
-    units = tl.where(keys[0] / out_length * (keys[1] / keys[2]) <= LOOSE, -units, units)
+    units = tl.where(keys[0] / out_length * (keys[1] / keys[2]) * mass <= LOOSE, -units, units)
     # A factor that is 0, not a product of small ones.
     least = tl.minimum(tl.maximum(tl.minimum(length, keys[0]), delta), keys[1])
     nothing = (least == 0.0) & (bound < float("inf"))
@@ -135,8 +144,8 @@ def units_in_one(length, out_length, lse, delta, keys, HALF: tl.constexpr, TILE:
 
 
 @gluon.jit
-def report_steep(slope, steep):
-    """Tell where a user's function has slopes for which sums of dQ as integers have no room."""
-    largest = from_bits(gl.max(size_bits(slope), 1))
-    steeper = (largest > STEEPEST) | is_nan(largest)
-    gl.store(steep + steeper.to(gl.int32) * 0, 1, mask=steeper)
+def report_steep(p, slope, steep):
+    """Tell where a user's function has slopes for which sums of dQ as integers have no room, unless
+    p is 0 there: without dropout, which no such function has beside it here."""
+    steeper = gl.max((gl.abs(p * slope) <= STEEPEST * p).to(gl.int32) ^ 1, 1)
+    gl.store(steep + steeper * 0, 1, mask=steeper > 0)
