@@ -16,6 +16,7 @@ from flashtile.backends.hopper_backward import Workspace, finish_launch, prepare
 from flashtile.backends.launch import run
 from flashtile.hopper_backward_tiles import HopperBackwardTile, backward_tile
 from flashtile.problem import Call, describe
+from flashtile.testing.hopper_backward import in_their_order
 
 SHAPES = [(48, 70), (64, 130), (96, 64), (128, 150), (192, 70), (256, 130)]
 LENGTHS = ((70, 100), (0, 9), (129, 1), (128, 0), (1, 64))
@@ -157,20 +158,6 @@ def test_where_the_first_tile_stores_locks_are_cleared_rather_than_sums() -> Non
     assert space.acc.isnan().all()
 
 
-def _as_threads_hold(share: Tensor) -> Tensor:
-    """A (64, 64) share of dQ in the order in which a warpgroup stores it: row 16 w + 8 i + r and
-    column 8 n + 2 c + j at (n, w, r, c, i, j)."""
-    return share.reshape(4, 2, 8, 8, 4, 2).permute(3, 0, 2, 4, 1, 5).reshape(-1)
-
-
-def _in_their_order(sums: Tensor, tile: HopperBackwardTile) -> Tensor:
-    """(blocks, block_m, padded) sums of dQ as the main kernel leaves them."""
-    along = 1 if tile.block_m == 128 else 2  # warpgroups own halves of the rows, or of the columns
-    halves = [[half.split(64, 1) for half in block.chunk(2, along - 1)] for block in sums]
-    shares = [share for block in halves for pair in zip(*block, strict=True) for share in pair]
-    return torch.stack([_as_threads_hold(share) for share in shares]).reshape(-1, 256)
-
-
 @pytest.mark.parametrize("locked", [False, True])
 @pytest.mark.parametrize(("dim", "seqlen"), SHAPES)
 def test_the_order_of_sums_is_undone(dim: int, seqlen: int, locked: bool) -> None:
@@ -178,7 +165,7 @@ def test_the_order_of_sums_is_undone(dim: int, seqlen: int, locked: bool) -> Non
     call, tile = _call(dim, seqlen)
     blocks = triton.query_grid(call, tile.block_m)
     sums = torch.randn(blocks, tile.block_m, tile.padded)
-    acc, locks = _in_their_order(sums, tile), None
+    acc, locks = in_their_order(sums, tile), None
     if locked:
         locks = torch.arange(blocks, dtype=torch.int32) % 2
         acc.view(blocks, -1)[locks == 0] = torch.nan
@@ -204,7 +191,7 @@ def test_sums_of_packed_sequences_become_gradients(dim: int) -> None:
         rows = by_head[:, first:].flatten(1, 2)[:, :length]
         wanted[start : start + length] = rows.transpose(0, 1) * call.variant.softmax_scale
         start += length
-    acc = _in_their_order(sums, tile)
+    acc = in_their_order(sums, tile)
     dq = torch.full_like(call.operands.q, torch.nan)
     run(finish_launch(call, tile, Workspace(acc, acc), dq))
     torch.testing.assert_close(dq, wanted)

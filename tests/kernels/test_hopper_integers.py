@@ -26,6 +26,8 @@ from flashtile.problem import Call, describe
 from flashtile.testing import assert_within_budget
 from flashtile.testing.functions import bending
 from flashtile.testing.hopper_backward import (
+    DIMS,
+    ROOM,
     Work,
     begin,
     by_blocks,
@@ -39,11 +41,6 @@ from flashtile.testing.hopper_backward import (
     units_of,
 )
 from flashtile.testing.interpreter import interpreted
-
-ROOM = 2.0**30
-"""Units of a row's bound."""
-
-DIMS = [(64, 64), (96, 96), (128, 128), (192, 128), (256, 256)]
 
 
 def _row_numbers(units: Tensor) -> Tensor:

@@ -15,6 +15,8 @@ from flashtile.backends.hopper_backward import Workspace
 from flashtile.problem import Call
 from flashtile.testing.functions import bending
 from flashtile.testing.hopper_backward import (
+    DIMS,
+    ROOM,
     Work,
     begin,
     dense_work,
@@ -23,11 +25,6 @@ from flashtile.testing.hopper_backward import (
     prepared,
     units_of,
 )
-
-ROOM = 2.0**30
-"""Units of a row's bound."""
-
-DIMS = [(64, 64), (96, 96), (128, 128), (192, 128), (256, 256)]
 
 
 def _spans(call: Call) -> Iterator[tuple[Any, Any]]:

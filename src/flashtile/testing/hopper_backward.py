@@ -21,6 +21,12 @@ LENGTHS = ((70, 100), (0, 9), (129, 1), (20, 0), (1, 64))
 """Of packed queries and keys; 20 tokens of neither follow."""
 
 
+ROOM = 2.0**30
+"""Units of a row's bound."""
+
+DIMS = [(64, 64), (96, 96), (128, 128), (192, 128), (256, 256)]
+
+
 class Work(NamedTuple):
     """A call, and what its backward is given."""
 
