@@ -100,13 +100,20 @@ def unseeing_past_the_end(lse2, rows, span):
 
 
 @triton.jit
+def load_queries(q, dout, q_seq, span, head, first, TILE: tl.constexpr):
+    """(Q, dO) of a tile of queries."""
+    q_base, do_base = tokens(q, q_seq, span, head), tokens(dout, q_seq, span, head)
+    queries = load_tile(q, q_base, q_seq, span, first, False, TILE.block_m, TILE.dim, TILE.padded)
+    do = load_tile(dout, do_base, q_seq, span, first, False, TILE.block_m, TILE.dim_v,
+                   TILE.padded_v)  # fmt: skip
+    return queries, do
+
+
+@triton.jit
 def load_query_tile(q, saved, q_seq, span, head, first, TILE: tl.constexpr):
     """What a tile of queries keeps in registers or shared memory while keys pass by."""
     BLOCK_M: tl.constexpr = TILE.block_m
-    q_base, do_base = tokens(q, q_seq, span, head), tokens(saved.dout, q_seq, span, head)
-    q_tile = load_tile(q, q_base, q_seq, span, first, False, BLOCK_M, TILE.dim, TILE.padded)
-    do = load_tile(saved.dout, do_base, q_seq, span, first, False, BLOCK_M, TILE.dim_v,
-                   TILE.padded_v)  # fmt: skip
+    q_tile, do = load_queries(q, saved.dout, q_seq, span, head, first, TILE)
     lse2, delta = load_pairs(saved.rows, span, head, first, False, BLOCK_M)
     lse2 = unseeing_past_the_end(lse2, first + tl.arange(0, BLOCK_M), span)
     return QueryTile(q_tile, do, lse2, delta)

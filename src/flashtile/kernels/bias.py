@@ -207,7 +207,7 @@ def seen_tiles(x, variant, batch, first_q, TILE: tl.constexpr):
 
 
 @triton.jit
-def store_tile(base, ds, rows, columns, first_q, first_k, TILE: tl.constexpr):
+def store_gradient(base, ds, rows, columns, first_q, first_k, TILE: tl.constexpr):
     q_idx, k_idx = first_q + tl.arange(0, TILE.block_m), first_k + tl.arange(0, TILE.block_n)
     pointers = base + q_idx.to(tl.int64)[:, None] * columns + k_idx[None, :]
     tl.store(pointers, ds.to(base.dtype.element_ty),
@@ -238,9 +238,9 @@ def attention_backward_dbias(q, k, v, bias, dbias, shape, saved, q_seq, k_seq, v
         hi = tl.minimum(tl.maximum(hi, lo), end)
     sums = no_sums(TILE)
     for i in range(begin, lo):
-        store_tile(base, sums.ds, rows, columns, first_q, i * BLOCK_N, TILE)
+        store_gradient(base, sums.ds, rows, columns, first_q, i * BLOCK_N, TILE)
     for i in range(hi, end):
-        store_tile(base, sums.ds, rows, columns, first_q, i * BLOCK_N, TILE)
+        store_gradient(base, sums.ds, rows, columns, first_q, i * BLOCK_N, TILE)
     for i in range((hi - lo) * pairs.count * CHUNKS):
         chunk, step = i % CHUNKS, i // CHUNKS
         column_tile = lo + step // pairs.count
@@ -254,7 +254,7 @@ def attention_backward_dbias(q, k, v, bias, dbias, shape, saved, q_seq, k_seq, v
                 sums = add_chunk(sums, x, at, chunk, variant, scale, TILE)
         if (chunk == CHUNKS - 1) & (step % pairs.count == pairs.count - 1):
             ds = sums.ds * rescale(variant)
-            store_tile(base, ds, rows, columns, first_q, column_tile * BLOCK_N, TILE)
+            store_gradient(base, ds, rows, columns, first_q, column_tile * BLOCK_N, TILE)
             sums = Sums(tl.zeros([BLOCK_M, BLOCK_N], tl.float32), sums.s, sums.dp)
 
 

@@ -23,6 +23,12 @@ def row_numbers(o, do, lse, dlse, span, head, rows):
 
 
 @triton.jit
+def sink_weights(sink, head, lse):
+    """What a head's sink takes of each row's probabilities."""
+    return tl.math.exp2((tl.load(sink + head).to(tl.float32) - lse) * LOG2E)
+
+
+@triton.jit
 def prepare_backward(out, dout, lse, dlse, saved, sink, dsink, q_seq, heads, rescale,
                      TILE: tl.constexpr):  # fmt: skip
     """delta = rowsum(dout * out) - dlse, lse in log2 units with +inf for rows that saw no key, and
@@ -44,5 +50,4 @@ def prepare_backward(out, dout, lse, dlse, saved, sink, dsink, q_seq, heads, res
     saved_delta = row_delta if rescale is None else row_delta / rescale
     tl.store(pair + 1, saved_delta, mask=valid)
     if sink is not None:
-        weight = tl.math.exp2((tl.load(sink + head).to(tl.float32) - row_lse) * LOG2E)
-        tl.store(dsink + tile, -tl.sum(weight * row_delta, 0))
+        tl.store(dsink + tile, -tl.sum(sink_weights(sink, head, row_lse) * row_delta, 0))

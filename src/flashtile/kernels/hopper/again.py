@@ -6,9 +6,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from flashtile.kernels.backward import QueryTile, query_tile_gradient
+from flashtile.kernels.backward import QueryTile, load_queries, query_tile_gradient
+from flashtile.kernels.hopper.units import rows_of
 from flashtile.kernels.numbers import number
-from flashtile.kernels.views import load_tile, open_sequence, open_tile, tokens
+from flashtile.kernels.views import open_sequence, open_tile
 
 TOGETHER = tl.constexpr(8)
 """Blocks of a program. Nearly always none is to be computed, and a program of each would take 9 us
@@ -44,11 +45,8 @@ def query_gradient_again(q, k, v, dout, dq, space, block, q_seq, k_seq, variant,
     BLOCK_M: tl.constexpr = TILE.block_m
     batch, head, first = open_tile(q_seq, number(heads.count), block, False, BLOCK_M)
     span = open_sequence(q_seq, batch)
-    queries = load_tile(q, tokens(q, q_seq, span, head), q_seq, span, first, False, BLOCK_M,
-                        TILE.dim, TILE.padded)  # fmt: skip
-    do = load_tile(dout, tokens(dout, q_seq, span, head), q_seq, span, first, False, BLOCK_M,
-                   TILE.dim_v, TILE.padded_v)  # fmt: skip
-    rows = space.rows + tl.cast(block, tl.int64) * (3 * BLOCK_M) + tl.arange(0, BLOCK_M)
+    queries, do = load_queries(q, dout, q_seq, span, head, first, TILE)
+    rows = rows_of(space, block, 3, BLOCK_M)
     lse2, delta = tl.load(rows), tl.load(rows + BLOCK_M)
     if len(variant.dropouts) > 0:  # there probabilities have the factor
         lse2 += tl.log2(variant.dropouts[0].rescale)

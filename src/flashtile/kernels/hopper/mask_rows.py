@@ -11,6 +11,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from flashtile.kernels.hopper import layouts
+from flashtile.kernels.hopper.matrices import plane_of, row_offsets
 
 
 @gluon.jit
@@ -20,14 +21,9 @@ def load_rows(x, at, head, first_q, far, QUERIES: gl.constexpr):
     layout: gl.constexpr = gl.BlockedLayout([4, 1], [1, 32], [4, 1], [0, 1])
     unit = gl.arange(0, 16, gl.SliceLayout(1, layout))[:, None]  # of four keys
     queries = gl.arange(0, QUERIES, gl.SliceLayout(0, layout))[None, :]
-    base = x.ptr + gl.cast(at.batch, gl.int64) * x.stride_batch
-    base += gl.cast(head, gl.int64) * x.stride_head
+    base = plane_of(x, at.batch, head)
     rows = gl.minimum(layouts.opaque(first_q) + queries, at.q.length - 1)
-    if len(far) > 0:
-        offsets = rows.to(gl.int64) * x.stride_q
-    else:
-        stride = gl.cast(gl.cast(x.stride_q, gl.uint32), gl.int64)
-        offsets = rows.to(gl.uint32).to(gl.int64) * stride
+    offsets = row_offsets(x, rows, far)
     last = (at.k.length - 1) & -16
     keys = gl.minimum(at.first_k + (unit & -4) * 4, last) + (unit & 3) * 4
     pointers = (base + offsets + keys).to(gl.pointer_type(gl.int32))

@@ -19,17 +19,27 @@ def add_matrix_within(s, at, args):
 
 @triton.jit
 def load_within(x, at, far):
-    """A tile of a MatrixView. Products of 32 bits by 32 are one instruction, of 64 bits six."""
-    base = x.ptr + tl.cast(at.batch, tl.int64) * x.stride_batch
-    base += tl.cast(at.head, tl.int64) * x.stride_head
+    """A tile of a MatrixView."""
     keys = tl.minimum(at.k_idx, at.k.length - 1) + at.k.leftpad
-    columns = base + keys.to(tl.int64) * x.stride_k
-    rows = tl.minimum(at.q_idx, at.q.length - 1)
+    columns = plane_of(x, at.batch, at.head) + keys.to(tl.int64) * x.stride_k
+    offsets = row_offsets(x, tl.minimum(at.q_idx, at.q.length - 1), far)
+    return tl.load((columns.to(tl.pointer_type(tl.int8)) + offsets).to(x.ptr.dtype))
+
+
+@triton.jit
+def plane_of(x, batch, head):
+    """Where a head's matrix begins."""
+    base = x.ptr + tl.cast(batch, tl.int64) * x.stride_batch
+    return base + tl.cast(head, tl.int64) * x.stride_head
+
+
+@triton.jit
+def row_offsets(x, rows, far):
+    """Bytes from a matrix's beginning to its rows. Products of 32 bits by 32 are one instruction,
+    of 64 bits six."""
+    BYTES: tl.constexpr = x.ptr.dtype.element_ty.primitive_bitwidth // 8
     if len(far) > 0:
-        pointers = columns + rows.to(tl.int64) * x.stride_q
+        return rows.to(tl.int64) * x.stride_q * BYTES
     else:
-        BYTES: tl.constexpr = x.ptr.dtype.element_ty.primitive_bitwidth // 8
         stride = tl.cast(tl.cast(x.stride_q, tl.uint32), tl.int64)
-        offsets = (rows * BYTES).to(tl.uint32).to(tl.int64) * stride
-        pointers = (columns.to(tl.pointer_type(tl.int8)) + offsets).to(x.ptr.dtype)
-    return tl.load(pointers)
+        return (rows * BYTES).to(tl.uint32).to(tl.int64) * stride

@@ -10,11 +10,12 @@ from flashtile.kernels.hopper.units import (
     bounds_of_keys,
     lengths,
     mass_beside,
+    rows_of,
     squares,
     units_in_one,
 )
 from flashtile.kernels.numbers import LOG2E, number
-from flashtile.kernels.prepare import row_numbers
+from flashtile.kernels.prepare import row_numbers, sink_weights
 from flashtile.kernels.views import load_tile, open_sequence, open_tile, tokens
 
 TOGETHER = tl.constexpr(256)
@@ -43,12 +44,6 @@ def order_tiles(order, q_seq, k_seq, slots, BLOCK: tl.constexpr):
             place = order + 2 * (before + tile)
             tl.store(place, tile * 0 + program, mask=tile < count)
             tl.store(place + 1, tile, mask=tile < count)
-
-
-@triton.jit
-def sink_weights(sink, head, lse):
-    """What a head's sink takes of each row's probabilities."""
-    return tl.math.exp2((tl.load(sink + head).to(tl.float32) - lse) * LOG2E)
 
 
 @triton.jit
@@ -89,7 +84,7 @@ def prepare_backward(out, dout, lse, dlse, space, sink, dsink, q_seq, k_seq, slo
     do = load_tile(dout, tokens(dout, q_seq, span, head), q_seq, span, first, False, BLOCK_M,
                    TILE.dim_v, PADDED)  # fmt: skip
     row_lse, row_delta = row_numbers(o, do, lse, dlse, span, head, rows)
-    place = space.rows + block.to(tl.int64) * (TILE.row_numbers * BLOCK_M) + tl.arange(0, BLOCK_M)
+    place = rows_of(space, block, TILE.row_numbers, BLOCK_M)
     if TILE.integers:
         # Ahead of the keys' bounds, in whose loop O and dO would be 72 registers more.
         length, out_length = lengths(do), tl.sqrt(squares(o))

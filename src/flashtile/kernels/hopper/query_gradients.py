@@ -19,7 +19,7 @@ from flashtile.kernels.hopper import barriers
 from flashtile.kernels.hopper._compat import tma_store, tma_store_wait
 from flashtile.kernels.hopper.locks import wait_lock
 from flashtile.kernels.hopper.stages import DQ_FREE, DQ_FULL, WITH_WRITER
-from flashtile.kernels.hopper.units import is_nan
+from flashtile.kernels.hopper.units import is_nan, rows_of
 from flashtile.kernels.numbers import number
 from flashtile.kernels.views import open_sequence, open_tile, store_tile, tokens
 
@@ -126,9 +126,7 @@ def add_pair(acc, places, row, before, LAST, LEFT_0: gl.constexpr, LEFT_1: gl.co
 @gluon.jit
 def add_share(acc, places, row, before, WARPGROUP: gl.constexpr, TILE: gl.constexpr):
     barriers.sync(DQ_FULL + WARPGROUP, WITH_WRITER)
-    if TILE.adds == "in any order":
-        reduce_add(acc, [row, 0], places.index(WARPGROUP))
-    elif before == 0:
+    if TILE.locked and before == 0:
         tma_store(acc, [row, 0], places.index(WARPGROUP))
     else:
         reduce_add(acc, [row, 0], places.index(WARPGROUP))
@@ -168,8 +166,7 @@ def finish_query_gradient(space, dq, q_seq, scale, least, heads, TILE: tl.conste
         parts = parts.permute(1, 3, 6, 4, 0, 2, 5, 7)  # g w i r, s n c j
     grad = parts.reshape(BLOCK_M, PADDED)
     if TILE.integers:
-        rows = space.rows + block.to(tl.int64) * (3 * BLOCK_M) + 2 * BLOCK_M
-        units = tl.load(rows + tl.arange(0, BLOCK_M))
+        units = tl.load(rows_of(space, block, TILE.row_numbers, BLOCK_M) + 2 * BLOCK_M)
         few = (units > 0.0) & (tl.max(tl.abs(grad), 1) < number(least))
         coarse = tl.max((few | is_nan(units)).to(tl.int32), 0)
         if space.steep is not None:
