@@ -49,7 +49,7 @@ def by_keys(call: Call) -> BlockList | None:
 
 
 def _grid(codes: Tensor, shape: _Shape) -> kernels.CodeGrid:
-    return kernels.CodeGrid(codes, *map(opaque, shape))
+    return kernels.CodeGrid(codes, *map(opaque, shape[1:]))
 
 
 def _lists(call: Call, transposed: bool) -> BlockList | None:
@@ -66,7 +66,7 @@ def _lists(call: Call, transposed: bool) -> BlockList | None:
         kernels.list_blocks, shape.batches * shape.heads * own,
         (_grid(codes, shape), entries, counts, operands.query_sequences(call),
          operands.key_sequences(call), operands.band(call) + operands.mask_functions(call),
-         opaque(shape.heads), transposed, CHUNK_CODES),
+         transposed, CHUNK_CODES),
     ))  # fmt: skip
     return BlockList(
         entries, counts,

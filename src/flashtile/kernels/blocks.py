@@ -27,7 +27,6 @@ class CodeGrid(NamedTuple):
     """Codes (batches, heads, q_tiles, k_tiles) uint8, contiguous; all but ptr opaque."""
 
     ptr: Any
-    batches: Any  # 1 or batch
     heads: Any  # 1 or heads
     q_tiles: Any
     k_tiles: Any
@@ -56,7 +55,7 @@ def classify_blocks(codes, q_seq, k_seq, masks):
 
 
 @triton.jit
-def list_blocks(codes, entries, counts, q_seq, k_seq, ranges, heads, TRANSPOSED: tl.constexpr,
+def list_blocks(codes, entries, counts, q_seq, k_seq, ranges, TRANSPOSED: tl.constexpr,
                 CHUNK: tl.constexpr):  # fmt: skip
     """One row of the list: partial blocks from the front, full ones from the back unless they all
     lie side by side."""
@@ -66,22 +65,21 @@ def list_blocks(codes, entries, counts, q_seq, k_seq, ranges, heads, TRANSPOSED:
     if TRANSPOSED:
         own, other = k_tiles, q_tiles
     row = tl.program_id(0)
-    tile, rest = row % own, row // own
-    head, batch = rest % number(heads), rest // number(heads)
+    tile, plane = row % own, row // own
+    batch = plane // number(codes.heads)
     q_span, k_span = open_sequence(q_seq, batch), open_sequence(k_seq, batch)
     first = tile * BLOCK
     if TRANSPOSED:
         r = query_range(ranges, first, first + BLOCK - 1, q_span, k_span)
     else:
         r = key_range(ranges, first, first + BLOCK - 1, q_span, k_span)
-    plane = (batch % number(codes.batches)).to(tl.int64) * number(codes.heads)
-    plane = (plane + head % number(codes.heads)) * q_tiles * k_tiles
+    grid = codes.ptr + plane.to(tl.int64) * q_tiles * k_tiles
     partial, full, least, most = 0, 0, other, -1
     line = entries + row.to(tl.int64) * other
     for start in range(0, other, CHUNK):
         j = start + tl.arange(0, CHUNK)
         at = j * k_tiles + tile if TRANSPOSED else tile * k_tiles + j
-        code = tl.load(codes.ptr + plane + at, mask=j < other, other=0).to(tl.int32)
+        code = tl.load(grid + at, mask=j < other, other=0).to(tl.int32)
         seen = (code != HIDDEN) & (j * BLOCK < r.hi) & ((j + 1) * BLOCK > r.lo)
         inside = (j * BLOCK >= r.full_lo) & ((j + 1) * BLOCK <= r.full_hi)
         is_full = (seen & inside & (code == FULL)).to(tl.int32)
