@@ -205,19 +205,10 @@ def sink(cell: Cell, device: torch.device) -> Work:
 
 
 def deterministic(cell: Cell, device: torch.device) -> Work:
-    """Gradients that are the same bits."""
-    return causal(cell, device)._replace(keywords={"causal": True, "deterministic": True})
-
-
-def deterministic_full(cell: Cell, device: torch.device) -> Work:
-    plain = full(replace(cell, feature="full"), device)
-    return plain._replace(keywords={"deterministic": True})
-
-
-def deterministic_mask(cell: Cell, device: torch.device) -> Work:
-    """Under one of the masks that are tensors or functions, against the same by default."""
-    feature = cell.feature.removeprefix("deterministic ")
-    plain, baseline = FEATURES[feature](cell, device), replace(cell, feature=feature)
+    """Gradients that are the same bits, under causality or the mask that the name says, against the
+    same by default."""
+    mask = cell.feature.removeprefix("deterministic").strip() or "causal"
+    plain, baseline = FEATURES[mask](cell, device), replace(cell, feature=mask)
     keywords = {**plain.keywords, "deterministic": True}
     return plain._replace(keywords=keywords, baseline=baseline, lengths=())
 
@@ -323,11 +314,11 @@ FEATURES: dict[str, Callable[[Cell, torch.device], Work]] = {
     "layer": gqa,
     "sink": sink,
     "deterministic": deterministic,
-    "deterministic full": deterministic_full,
-    "deterministic documents": deterministic_mask,
-    "deterministic prefix": deterministic_mask,
-    "deterministic blocks": deterministic_mask,
-    "deterministic mask": deterministic_mask,
+    "deterministic full": deterministic,
+    "deterministic documents": deterministic,
+    "deterministic prefix": deterministic,
+    "deterministic blocks": deterministic,
+    "deterministic mask": deterministic,
     "lengths": lengths,
     "varlen": varlen,
     "page 16": pages,
