@@ -65,7 +65,7 @@ class Explanation:
             if reason is None:
                 tile = backward_tile(p, self.deterministic)
                 text = f"{tile.block_m} queries x {tile.block_n} keys, dQ added {tile.adds}"
-                return [("backward", text + ", as integers" * tile.integers)]
+                return [("backward", f"{text}, as integers" if tile.integers else text)]
             rows.append(("not hopper", f"backward {reason}"))
         dq, dkdv = kernels.dq, kernels.dkdv
         text = (

@@ -173,17 +173,16 @@ def added_within(mod: scores.ScoreMod) -> scores.ScoreMod:
 
 def workspace(call: Call, tile: HopperBackwardTile, like: Tensor) -> Workspace:
     blocks = triton.query_grid(call, tile.block_m)
-    exact = tile.integers
+    sum_dtype = torch.int32 if tile.integers else torch.float32
     return Workspace(*replays.workspace(
         like,
         ((tile.row_numbers * blocks, tile.block_m), torch.float32),
-        ((blocks * tile.block_m * tile.padded // 256, 256),
-         torch.int32 if exact else torch.float32),
+        ((blocks * tile.block_m * tile.padded // 256, 256), sum_dtype),
         ((1,), torch.int32) if tile.persistent else None,
         ((blocks,), torch.int32) if tile.locked else None,
-        ((triton.key_grid(call, tile.block_n), 2), torch.float32) if exact else None,
-        ((blocks,), torch.int32) if exact else None,
-        ((1,), torch.int32) if exact and call.variant.score_mod else None,
+        ((triton.key_grid(call, tile.block_n), 2), torch.float32) if tile.integers else None,
+        ((blocks,), torch.int32) if tile.integers else None,
+        ((1,), torch.int32) if tile.integers and call.variant.score_mod else None,
         ((tiles_of_a_head(call, tile), 2), torch.int32) if call.operands.k.dim() == 3 else None,
     ))  # fmt: skip
 

@@ -20,7 +20,6 @@ from flashtile.problem import Call, describe
 LENGTHS = ((70, 100), (0, 9), (129, 1), (20, 0), (1, 64))
 """Of packed queries and keys; 20 tokens of neither follow."""
 
-
 ROOM = 2.0**30
 """Units of a row's bound."""
 
@@ -97,12 +96,18 @@ def packed_work(dim: int = 64, **given: Any) -> Work:
                  max_seqlen_q=129, max_seqlen_k=100, **given)  # fmt: skip
 
 
-def prepared(work: Work) -> Workspace:
-    """The workspace before the main kernel, from one that held nothing of use."""
-    space = workspace(work.call, work.tile, work.lse)
+def poisoned(call: Call, tile: HopperBackwardTile, like: Tensor) -> Workspace:
+    """A workspace that holds nothing of use."""
+    space = workspace(call, tile, like)
     for x in space:
         if x is not None:
             x.fill_(torch.nan if x.is_floating_point() else 77)
+    return space
+
+
+def prepared(work: Work) -> Workspace:
+    """The workspace before the main kernel."""
+    space = poisoned(work.call, work.tile, work.lse)
     run(bound_launch(work.call, work.tile, space))
     run(prepare_launch(work.call, work.tile, space, work.out, work.dout, work.lse, work.dlse, None))
     return space
