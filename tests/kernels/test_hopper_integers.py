@@ -51,8 +51,8 @@ def _row_numbers(units: Tensor) -> Tensor:
 
 
 def _least(call: Call, tile: HopperBackwardTile) -> int:
-    """128 for one share, and as many times more as the errors of several are."""
-    return math.ceil(128 * math.sqrt(-(-call.seqlen_k // tile.block_n)))
+    """256 for one share, and as many times more as the errors of several are."""
+    return math.ceil(256 * math.sqrt(-(-call.seqlen_k // tile.block_n)))
 
 
 def _finished(call: Call, tile: HopperBackwardTile, sums: Tensor, units: Tensor,

@@ -42,10 +42,11 @@ TILES_TOGETHER = 256
 """Tiles that are taken longest first before those of other heads follow: about two for each of an
 H200's 132 SMs. Fewer, and CTAs end far apart; more, and dQ's sums leave L2."""
 
-LEAST_UNITS = 128
+LEAST_UNITS = 256
 """Units that the largest entry of a row of dQ has at least beside outliers, times the square root
-of how many shares are rounded to one, and in fp16 eight times as many: their errors are 2^-9 and
-2^-12 of it then, rms, as large as those of rounding it."""
+of how many shares are rounded to one, and in fp16 four times as many: their errors are 2^-10 and
+2^-12 of it then, rms. Those of dQ by default are 2^-9 and 2^-12 of a row's rms entry, which is a
+third of its largest."""
 
 FAR_ROWS = 2**31
 """Elements between the rows of a matrix from which products with them need 64 bits."""
@@ -199,6 +200,9 @@ def prepare_launch(
     """Fill the workspace; this call's shares of dsink, if they are asked for."""
     dropped, a = operands.dropouts(call, False), operands.arguments(call)
     packed = space.order is not None
+    # Units take 134 registers a thread in as many warps as do without them: 55 -> 41 us at head dim
+    # 64, 70 -> 67 at 128, 75 -> 68 at 256 (16k tokens of a hidden size of 2,048; H200).
+    warps = _warps(tile) * (2 if tile.integers else 1)
     return Launch(
         prepare.prepare_backward, triton.query_grid(call, tile.block_m),
         (token_view(out), token_view(dout), row_view(lse),
@@ -206,7 +210,7 @@ def prepare_launch(
          call.operands.learnable_sink if tile.integers or shares is not None else None, shares,
          a.q_seq, a.k_seq if packed or tile.integers else None,
          opaque(tiles_of_a_head(call, tile)) if packed else None, a.heads,
-         dropped[0].rescale if dropped else None, tile), _warps(tile),
+         dropped[0].rescale if dropped else None, tile), warps,
     )  # fmt: skip
 
 
@@ -253,7 +257,7 @@ def ragged_k(call: Call) -> bool:
 
 def finish_launch(call: Call, tile: HopperBackwardTile, space: Workspace, dq: Tensor) -> Launch:
     """dQ from its sums."""
-    a, factor = operands.arguments(call), 8 if dq.dtype == torch.float16 else 1
+    a, factor = operands.arguments(call), 4 if dq.dtype == torch.float16 else 1
     least = math.ceil(factor * LEAST_UNITS * shares_of_a_block(call, tile) ** 0.5)
     return Launch(
         query_gradients.finish_query_gradient, triton.query_grid(call, tile.block_m),
