@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -59,6 +60,16 @@ def test_dense_suite(options: Make, lines: list[str]) -> None:
         assert found["math"]["tflops"] == pytest.approx(expected)
         assert "backend" in found["efficient"]["reason"]
     assert lines[-1].endswith("dense.json")
+
+
+def test_gradients_may_be_another_backends(options: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each backend is then asked in both modes, besides the plan's own choice."""
+    chosen = SimpleNamespace(plan=SimpleNamespace(backend="torch", gradients="hopper"))
+    monkeypatch.setattr(speed, "explain", lambda *_, **__: chosen)
+    asked = options(providers=("flashtile", "flashtile-torch"))
+    rows = list(speed.measure(Cell("causal", 1, 64, 2, 2, 16), [*asked.providers], asked))
+    assert [(row["mode"], row["backend"]) for row in rows] == [("fwd", "torch"), ("bwd", "hopper")]
+    assert all(list(row["providers"]) == ["flashtile", "flashtile-torch"] for row in rows)
 
 
 @pytest.mark.parametrize(

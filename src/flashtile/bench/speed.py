@@ -105,13 +105,10 @@ def measure(
     """
     prepared = Prepared(cell, options)
     plain = Prepared(prepared.work.baseline, options) if against_plain else None
-    default = prepared.backend()
-    alike = plain is None or plain.backend() == default
-    tried = {
-        name: prepared.functions(name, options.modes)
-        for name in names
-        if name != f"flashtile-{default}" or not alike
-    }
+    defaults = {mode: prepared.backend(mode) for mode in options.modes}
+    alike = plain is None or defaults == {mode: plain.backend(mode) for mode in options.modes}
+    twice = {f"flashtile-{default}" for default in defaults.values()} if alike else set()
+    tried = {name: prepared.functions(name, options.modes) for name in names if twice != {name}}
     if plain is not None:
         for name in [n for n in tried if n.partition("-")[0] == "flashtile"]:
             baseline = name.replace("flashtile", "plain")
@@ -125,9 +122,10 @@ def measure(
             of = plain if plain is not None and name.startswith("plain") else prepared
             rate = of.flops(mode) / timing.median_ms / 1e9
             results[name] = {**timing.row(), "tflops": rate}
-        row = {**cell.row(), "mode": mode, "backend": default, "flops": prepared.flops(mode)}
+        row = {**cell.row(), "mode": mode, "backend": defaults[mode]}
+        row["flops"] = prepared.flops(mode)
         if plain is not None:
-            row["plain"] = {**plain.row(mode), "backend": plain.backend()}
+            row["plain"] = {**plain.row(mode), "backend": plain.backend(mode)}
         yield {**row, "providers": {name: results[name] for name in tried}}
 
 
@@ -140,8 +138,10 @@ class Prepared:
         self._inputs: Inputs = draw(cell, self.work, options.device)
         self._gate = Gate(cell, self.work, self._inputs)
 
-    def backend(self) -> str:
-        return explain(*self._inputs.leaves, **self.work.keywords).plan.backend
+    def backend(self, mode: str) -> str:
+        """Whose the output is, or the gradients of q, k and v."""
+        chosen = explain(*self._inputs.leaves, **self.work.keywords).plan
+        return chosen.backend if mode == "fwd" else chosen.gradients
 
     def flops(self, mode: str) -> float:
         return flops(self._cell, self.work, mode)
