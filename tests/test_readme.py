@@ -23,7 +23,7 @@ def test_tables_are_generated(tmp_path: Path) -> None:
     )
     subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True)
     assert copy.read_text() == TEXT
-    assert TEXT.count("<!-- table:") == TEXT.count("<!-- end -->") == 9
+    assert TEXT.count("<!-- table:") == TEXT.count("<!-- end -->") == 10
 
 
 @pytest.mark.parametrize(

@@ -59,8 +59,9 @@ def features(**milliseconds: float) -> dict[str, Any]:
     return document("features", rows)
 
 
-def ordered() -> list[Any]:
-    found = row("deterministic", "bwd", 4096, flashtile=timed(11.5), plain=timed(10.0))
+def ordered(ms: float = 11.5, seqlen: int = 4096, head_dim: int = 128) -> list[Any]:
+    found = row("deterministic", "bwd", seqlen, flashtile=timed(ms), plain=timed(10.0))
+    found["head_dim"] = head_dim
     return [found | {"backend": "hopper", "plain": {"feature": "causal", "flops": 1e12}}]
 
 
@@ -267,7 +268,7 @@ def _folder(root: Path) -> Path:
     measured = dense(**{"flashtile-triton": timed(2.0)})
     cached = decode(page_1=96.0, append=98.0)
     kinds = features(window=2.0, softcap=12.0, lengths=12.5)
-    kinds["rows"] += [*layer(), *ordered()]
+    kinds["rows"] += [*layer(), *ordered(), *ordered(11.0, 16384), *ordered(12.0, 16384, 64)]
     for found in (measured, kinds, memory(), host(), cached):
         (folder / f"{found['suite']}.json").write_text(json.dumps(found))
     return folder
@@ -285,7 +286,8 @@ def test_tables_of_a_gpu(tmp_path: Path) -> None:
     assert "forward: 5.0x the speed of causal attention" in found["h200-features"]
     assert "forward and backward: 3.00x FlashAttention-2 and 2.00x cuDNN." in found["h200-features"]
     assert "1 x 16,384 x 16 0.80x." in found["h200-features"]
-    assert "head dim and length: causal 128 x 4,096 1.15x." in found["h200-features"]
+    assert "default's, 4,096 / 16,384 tokens." in found["h200-deterministic"]
+    assert "| causal | - / 1.20x | 1.15x / 1.10x |" in found["h200-deterministic"]
     assert "| 2,048 | 2 MiB | not run | not run |" in found["h200-memory"]
     assert "| flashtile | 10.0 | 10.0 |" in found["h200-host"] and "fa3" not in found["h200-host"]
     forward, _, decoded, portable, _ = found["h200-headline"].splitlines()
@@ -297,7 +299,7 @@ def test_tables_of_a_gpu(tmp_path: Path) -> None:
     assert "| 1 x 524,288 | 25.0 | 4.00 | 0.90x |  |" in full and "FlashAttention-2" not in full
     assert "| pages of a token | 32 x 4,096 | 100.0 | 1.00 | 1.04x, +4.0 us: dense |" in others
     assert "| MLA 576/512, pages of 64, 128 heads | 32 x 4,096 | 40.0 | 2.50 |  |" in others
-    for name in ("dense", "portable", "features", "memory", "host"):
+    for name in ("dense", "portable", "features", "deterministic", "memory", "host"):
         lines = found[f"h200-{name}"].splitlines()
         assert "NVIDIA H200 (driver 580.1, CUDA 13.0, Triton 3.6.0), torch 2.11.0" in lines[-1]
         widths = {len(re.findall(r"\|", line)) for line in lines if line.startswith("|")}

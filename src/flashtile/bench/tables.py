@@ -23,6 +23,7 @@ FEATURES = {
     "alibi": "causal, ALiBi",
     "dropout": "causal, dropout 0.1",
     "documents": "16 documents in a row",
+    "prefix": "a mask function: causal, and a prefix that all see",
     "blocks": "bool tensor, random blocks of 128 x 128",
     "mask": "bool tensor that is causal",
     "bias": "bias of every pair",
@@ -66,6 +67,7 @@ def fill_in(results: Path) -> dict[str, str]:
         f"{GPU}-dense": dense,
         f"{GPU}-portable": portable,
         f"{GPU}-features": features,
+        f"{GPU}-deterministic": deterministic,
         f"{GPU}-memory": memory,
         f"{GPU}-host": host,
         f"{GPU}-decode": decode,
@@ -162,7 +164,7 @@ def features(results: Path) -> str:
                 _both((against_plain(r) for r in pair), "x"),
                 *(_both((ratio(r, name) for r in pair), "x") for name in PEERS),
             ))  # fmt: skip
-    sentences = [*_gains(document), *_layer(document), *_lengths(document), *_same_bits(document)]
+    sentences = [*_gains(document), *_layer(document), *_lengths(document)]
     return "\n".join((*lines, "", *sentences, "", _source(document, GPU)))
 
 
@@ -202,17 +204,29 @@ def _lengths(document: Document) -> list[str]:
             f"{', '.join(found)}."]  # fmt: skip
 
 
-def _same_bits(document: Document) -> list[str]:
+def deterministic(results: Path) -> str:
     """What gradients cost that are the same bits."""
-    found = [
-        f"{row['plain']['feature']} {row['head_dim']} x {row['seqlen']:,} {cost:.2f}x"
+    document = read(results / GPU / "features.json")
+    if document is None:
+        return ""
+    costs = {
+        (row["plain"]["feature"], row["head_dim"], row["seqlen"]): cost
         for row in document["rows"]
         if row["feature"] in SAME_BITS and row["mode"] == "bwd" and (cost := against_plain(row))
+    }
+    if not costs:
+        return ""
+    dims, lengths = (sorted({cell[i] for cell in costs}) for i in (1, 2))
+    lines = [
+        "`deterministic=True`: time of the backward over the default's, "
+        f"{' / '.join(f'{n:,}' for n in lengths)} tokens.",
+        "",
+        _header("mask", *(f"head dim {dim}" for dim in dims)),
     ]
-    if not found:
-        return []
-    return [f"- `deterministic=True`, time of the backward over the default's, by mask, head dim "
-            f"and length: {', '.join(found)}."]  # fmt: skip
+    for mask in dict.fromkeys(mask for mask, _, _ in costs):
+        cells = (_both((costs.get((mask, dim, n)) for n in lengths), "x") for dim in dims)
+        lines.append(_line(FEATURES.get(mask, mask), *cells))
+    return "\n".join((*lines, "", _source(document, GPU)))
 
 
 def _both(values: Any, unit: str = "") -> str:
