@@ -105,9 +105,9 @@ def measure(
     """
     prepared = Prepared(cell, options)
     plain = Prepared(prepared.work.baseline, options) if against_plain else None
-    defaults = {mode: prepared.backend(mode) for mode in options.modes}
-    alike = plain is None or defaults == {mode: plain.backend(mode) for mode in options.modes}
-    twice = {f"flashtile-{default}" for default in defaults.values()} if alike else set()
+    ours = prepared.backends(options.modes)
+    theirs = ours if plain is None else plain.backends(options.modes)
+    twice = {f"flashtile-{backend}" for backend in ours.values()} if ours == theirs else set()
     tried = {name: prepared.functions(name, options.modes) for name in names if twice != {name}}
     if plain is not None:
         for name in [n for n in tried if n.partition("-")[0] == "flashtile"]:
@@ -122,10 +122,9 @@ def measure(
             of = plain if plain is not None and name.startswith("plain") else prepared
             rate = of.flops(mode) / timing.median_ms / 1e9
             results[name] = {**timing.row(), "tflops": rate}
-        row = {**cell.row(), "mode": mode, "backend": defaults[mode]}
-        row["flops"] = prepared.flops(mode)
+        row = {**cell.row(), "mode": mode, "backend": ours[mode], "flops": prepared.flops(mode)}
         if plain is not None:
-            row["plain"] = {**plain.row(mode), "backend": plain.backend(mode)}
+            row["plain"] = {**plain.row(mode), "backend": theirs[mode]}
         yield {**row, "providers": {name: results[name] for name in tried}}
 
 
@@ -138,10 +137,10 @@ class Prepared:
         self._inputs: Inputs = draw(cell, self.work, options.device)
         self._gate = Gate(cell, self.work, self._inputs)
 
-    def backend(self, mode: str) -> str:
-        """Whose the output is, or the gradients of q, k and v."""
+    def backends(self, modes: tuple[str, ...]) -> dict[str, str]:
+        """Of each mode: whose the output is, or the gradients of q, k and v."""
         chosen = explain(*self._inputs.leaves, **self.work.keywords).plan
-        return chosen.backend if mode == "fwd" else chosen.gradients
+        return {mode: chosen.backend if mode == "fwd" else chosen.gradients for mode in modes}
 
     def flops(self, mode: str) -> float:
         return flops(self._cell, self.work, mode)
