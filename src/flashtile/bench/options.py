@@ -9,7 +9,14 @@ from pathlib import Path
 import torch
 
 from flashtile.bench.features import Cell
-from flashtile.bench.measure import CudaClock, Function, Timing, host_clock, interleaved
+from flashtile.bench.measure import (
+    LEAST_CALLS,
+    CudaClock,
+    Function,
+    Timing,
+    host_clock,
+    interleaved,
+)
 
 HEAD_DIMS = (64, 128, 256)
 MODES = ("fwd", "bwd")
@@ -44,5 +51,6 @@ class Options:
         )
 
     def time(self, functions: dict[str, Function]) -> dict[str, Timing]:
-        cuda = self.device.type == "cuda"
-        return interleaved(functions, self.rounds, clock=CudaClock() if cuda else host_clock)
+        if self.device.type != "cuda":
+            return interleaved(functions, self.rounds, clock=host_clock)
+        return interleaved(functions, self.rounds, clock=CudaClock(), least_calls=LEAST_CALLS)
