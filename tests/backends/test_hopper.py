@@ -149,8 +149,9 @@ def test_tiles_fit_and_do_not_depend_on_lengths_alone() -> None:
     [(4, 64), (5, 64), (16, 16), (64, 4), (65, 4), (128, 2), (256, 1), (999, 1)],
 )
 def test_backward_tiles_are_taken_longest_first_over_some_heads(tiles: int, together: int) -> None:
-    """At least 256 tiles, of a power of two of heads."""
-    assert hopper_backward.heads_together(tiles) == together
+    """At least 256 tiles, of a power of two of heads; half as many of groups."""
+    assert hopper_backward.heads_together(tiles, 1) == together
+    assert hopper_backward.heads_together(tiles, 4) == max(1, together // 2)
 
 
 def test_backward_tiles_of_a_launch() -> None:
