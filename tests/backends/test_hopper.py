@@ -163,15 +163,34 @@ def test_backward_tiles_of_a_launch() -> None:
                        max_seqlen_k=400)  # fmt: skip
     for call, grid, wanted in ((dense, 24, [6, 11, 4, 4]), (packed, 18, [9, 14, 2, 2])):
         tile = replace(backward_tile(describe(call)), persistent=False)
-        lse = torch.zeros(call.lse_shape)
-        space = hopper_backward.workspace(call, tile, lse)
         q, k, v = call.operands[:3]
+        space = hopper_backward.workspace(call, tile, torch.zeros_like(q))
         launch = hopper_backward.gradient_launch(call, tile, space, q, k, v)
         work = launch.arguments[-2]
         assert launch.grid == grid
         assert work[:4] == tuple(map(opaque, wanted))
         blocks = wanted[1] * q.shape[-2] * (1 if call.varlen else 2)
         assert space.rows.shape == (2 * blocks, 64)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "deterministic", "within"),
+    [(700, False, True), (1, False, False), (700, True, False)],
+)
+def test_rows_lie_where_dq_will(tokens: int, deterministic: bool, within: bool) -> None:
+    """Unless a block of them is more than dQ is, or what writes dQ reads units beside them."""
+    call = normalise(*(_half(2, tokens, 8, 64) for _ in range(3)), causal=True)
+    tile, dq = backward_tile(describe(call), deterministic), torch.zeros_like(call.operands.q)
+
+    space = hopper_backward.workspace(call, tile, dq)
+
+    parts = [x for x in space if x is not None]
+    assert (space.rows.data_ptr() == dq.data_ptr()) == within
+    memory = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in parts}
+    assert len(memory) == 1 + within
+    space.rows.fill_(1.0)
+    assert bool(dq.any()) == within
+    assert all(bool((x == 1.0).all()) == (x is space.rows) for x in parts if x.is_floating_point())
 
 
 @pytest.mark.parametrize("dim", [64, 128, 256])

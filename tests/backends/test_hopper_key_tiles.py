@@ -169,8 +169,8 @@ def _call(heads: int, kv_heads: int, lengths: list[tuple[int, int]], **given: An
 
 
 def _launch(call: Call, tile: HopperBackwardTile, parts: int) -> Launch:
-    space = hopper_backward.workspace(call, tile, torch.zeros(call.lse_shape))
     q, k, v = call.operands[:3]
+    space = hopper_backward.workspace(call, tile, torch.zeros_like(q))
     dk, dv = (x.repeat_interleave(parts, -2) for x in (k, v))
     return hopper_backward.gradient_launch(call, tile, space, q, dk, dv)
 

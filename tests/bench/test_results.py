@@ -196,6 +196,11 @@ def test_a_masks_overhead_is_for_the_same_work() -> None:
 def test_memory_and_host_claims() -> None:
     assert [c.holds for c in claims(memory())] == [True]
     assert [c.holds for c in claims(memory(last=3.5))] == [False]
+    for size, holds in ((2.0, True), (1.99, False)):
+        beside = memory()
+        for row in beside["rows"]:
+            row["fa2_bytes"] = size * row["seqlen"] * 2**9
+        assert [c.holds for c in claims(beside)] == [True, holds]
     assert [c.holds for c in claims(host())] == [True, True]
     assert [c.holds for c in claims(host(us=15.1))] == [False, True]
     assert [c.holds for c in claims(host(us=25.1))] == [False, False]

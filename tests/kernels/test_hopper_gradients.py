@@ -61,7 +61,7 @@ def test_rows_are_prepared_block_by_block(dim: int, dim_v: int, seqlen: int) -> 
     out, dout = torch.randn(2, 2, seqlen, 4, dim_v)
     lse, dlse = torch.randn(2, 2, 4, seqlen)
     lse[0, 1, 3], dlse[0, 1, 3] = -torch.inf, torch.nan
-    space = poisoned(call, tile, lse)
+    space = poisoned(call, tile)
     run(prepare_launch(call, tile, space, out, dout, lse, dlse, None))
 
     lse2, delta = space.rows.view(-1, 2, tile.block_m).unbind(1)
@@ -83,7 +83,7 @@ def test_probabilities_have_what_makes_up_for_dropout_as_a_factor() -> None:
     out, dout = torch.randn(2, 2, 64, 4, 64)
     lse, sink = torch.randn(2, 4, 64), torch.zeros(4)
     call = call._replace(operands=call.operands._replace(learnable_sink=sink))
-    space, shares = poisoned(call, tile, lse), torch.empty(triton.query_grid(call, tile.block_m))
+    space, shares = poisoned(call, tile), torch.empty(triton.query_grid(call, tile.block_m))
     run(prepare_launch(call, tile, space, out, dout, lse, None, shares))
 
     lse2, delta = (x.view(2, 4, -1)[..., :64] for x in space.rows.view(-1, 2, 128).unbind(1))
@@ -102,7 +102,7 @@ def test_rows_of_packed_sequences_are_prepared(dim: int) -> None:
     total = call.operands.q.shape[0]
     out, dout = torch.randn(2, total, 4, dim)
     lse, dlse = torch.randn(2, 4, total)
-    space = poisoned(call, tile, lse)
+    space = poisoned(call, tile)
     run(prepare_launch(call, tile, space, out, dout, lse, dlse, None))
 
     lse2, delta = space.rows.view(4, -1, 2, tile.block_m).unbind(2)
@@ -127,7 +127,7 @@ def test_tiles_of_sequences_with_many_queries_come_first(dim: int) -> None:
     call, tile = _packed_call(dim)
     total = call.operands.q.shape[0]
     out, lse = torch.randn(total, 4, dim), torch.randn(4, total)
-    space = poisoned(call, tile, lse)
+    space = poisoned(call, tile)
     run(prepare_launch(call, tile, space, out, out, lse, None, None))
     keys = [(2, 1), (0, 100), (4, 64), (1, 9)]
     found = [[b, n] for b, length in keys for n in range(-(-length // tile.block_n))]
@@ -141,7 +141,7 @@ def test_where_the_first_tile_stores_locks_are_cleared_rather_than_sums() -> Non
     call, tile = _call(64, 300)
     tile = replace(tile, adds="after the first", persistent=True)
     out, lse = torch.randn(2, 300, 4, 64), torch.randn(2, 4, 300)
-    space = poisoned(call, tile, lse)
+    space = poisoned(call, tile)
     run(prepare_launch(call, tile, space, out, out, lse, None, None))
     assert space.locks is not None
     assert space.counter is not None

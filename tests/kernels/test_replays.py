@@ -566,6 +566,25 @@ def test_a_workspace_is_allocated_at_once() -> None:
         assert second.data_ptr() == first.data_ptr() + replays.APART
 
 
+def test_a_part_of_another_tensor_s_memory() -> None:
+    kernel = _Kernel()
+
+    def compute(tensors: Any) -> tuple[Tensor]:
+        made = replays.empty((4, 3), tensors[0], torch.bfloat16)
+        part = replays.within(made, (2, 1), torch.float32, place=8)
+        launch.run(launch.Launch(kernel, 1, (part, made)))
+        return (made,)
+
+    with interpreted(capacity=64):
+        for _ in range(2):
+            (made,) = replays.run("test", (torch.ones(4),), compute)
+            part, found = kernel.seen[-1]
+            assert found is made
+            assert (part.shape, part.dtype) == ((2, 1), torch.float32)
+            assert part.data_ptr() == made.data_ptr() + 8
+        assert None not in replays._replays.values()
+
+
 def _compiled(monkeypatch: pytest.MonkeyPatch) -> tuple[Any, list[Any]]:
     """A kernel without scratch memory, and what its launcher in C got."""
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda _: 5, raising=False)

@@ -95,7 +95,8 @@ def backward(
     k, v = (mapped(x, ragged_k(call)) for x in call.operands[1:3])
     call = call._replace(operands=call.operands._replace(q=q, k=k, v=v))
     tile = backward_tile(problem, deterministic)
-    space = workspace(call, tile, lse)
+    dq = empty(q.shape, q)
+    space = workspace(call, tile, dq)
     wants_sink = needs[4] and call.operands.learnable_sink is not None
     shares = empty((triton.query_grid(call, tile.block_m),), lse) if wants_sink else None
     parts = parts_of_groups(
@@ -103,7 +104,6 @@ def backward(
     )
     if (codes := call.operands.mask_blocks) is not None and codes.shape[1] > 1:
         parts = problem.group  # each head has lists of its own
-    dq = empty(q.shape, q)
     dk, dv = (empty((*x.shape[:-2], x.shape[-2] * parts, x.shape[-1]), x) for x in (k, v))
     if tile.integers:
         run(bound_launch(call, tile, space))
@@ -175,12 +175,16 @@ def added_within(mod: scores.ScoreMod) -> scores.ScoreMod:
     return mod._replace(fn=matrices.add_matrix_within, args=(view, per_unit, far_rows(view)))
 
 
-def workspace(call: Call, tile: HopperBackwardTile, like: Tensor) -> Workspace:
+def workspace(call: Call, tile: HopperBackwardTile, dq: Tensor) -> Workspace:
+    """Rows lie where dQ will, if there is room: what writes dQ at the end reads nothing of them but
+    units, and 8 bytes a row are what made the memory of a backward more than FlashAttention-2's."""
     blocks = triton.query_grid(call, tile.block_m)
     sum_dtype = torch.int32 if tile.integers else torch.float32
-    return Workspace(*replays.workspace(
-        like,
-        ((tile.row_numbers * blocks, tile.block_m), torch.float32),
+    rows = (tile.row_numbers * blocks, tile.block_m), torch.float32
+    in_dq = not tile.integers and math.prod(rows[0]) * 4 <= dq.numel() * dq.element_size()
+    space = Workspace(*replays.workspace(
+        dq,
+        None if in_dq else rows,
         ((blocks * tile.block_m * tile.padded // 256, 256), sum_dtype),
         ((1,), torch.int32) if tile.persistent else None,
         ((blocks,), torch.int32) if tile.locked else None,
@@ -189,6 +193,7 @@ def workspace(call: Call, tile: HopperBackwardTile, like: Tensor) -> Workspace:
         ((1,), torch.int32) if tile.integers and call.variant.score_mod else None,
         ((tiles_of_a_head(call, tile), 2), torch.int32) if call.operands.k.dim() == 3 else None,
     ))  # fmt: skip
+    return space._replace(rows=replays.within(dq, *rows)) if in_dq else space
 
 
 def tiles_of_a_head(call: Call, tile: HopperBackwardTile) -> int:

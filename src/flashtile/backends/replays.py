@@ -132,15 +132,22 @@ def workspace(like: Tensor, *parts: tuple[Sequence[int], torch.dtype] | None) ->
     found: list[Tensor | None] = [None] * len(parts)
     for i, (part, place) in enumerate(zip(parts, (0, *ends), strict=False)):
         if part is not None:
-            view = partial(_part, shape=tuple(part[0]), dtype=part[1], place=place)
-            found[i] = x = view(memory)
-            if (tape := taping()) is not None:
-                tape.lies_in(x, memory, place, view)
+            found[i] = within(memory, *part, place)
+    return found
+
+
+def within(memory: Tensor, shape: Sequence[int], dtype: torch.dtype, place: int = 0) -> Tensor:
+    """A contiguous tensor in the memory of another one, from a byte on. Only kernels get it."""
+    view = partial(_part, shape=tuple(shape), dtype=dtype, place=place)
+    found = view(memory)
+    if (tape := taping()) is not None:
+        tape.lies_in(found, memory, place, view)
     return found
 
 
 def _part(memory: Tensor, shape: tuple[int, ...], dtype: torch.dtype, place: int) -> Tensor:
-    return memory[place : place + math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
+    units = memory.view(-1).view(torch.uint8)
+    return units[place : place + math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
 
 
 def _allocation(x: Tensor) -> Callable[[], Tensor]:

@@ -96,9 +96,9 @@ def packed_work(dim: int = 64, **given: Any) -> Work:
                  max_seqlen_q=129, max_seqlen_k=100, **given)  # fmt: skip
 
 
-def poisoned(call: Call, tile: HopperBackwardTile, like: Tensor) -> Workspace:
+def poisoned(call: Call, tile: HopperBackwardTile) -> Workspace:
     """A workspace that holds nothing of use."""
-    space = workspace(call, tile, like)
+    space = workspace(call, tile, torch.empty_like(call.operands.q))
     for x in space:
         if x is not None:
             x.fill_(torch.nan if x.is_floating_point() else 77)
@@ -107,7 +107,7 @@ def poisoned(call: Call, tile: HopperBackwardTile, like: Tensor) -> Workspace:
 
 def prepared(work: Work) -> Workspace:
     """The workspace before the main kernel."""
-    space = poisoned(work.call, work.tile, work.lse)
+    space = poisoned(work.call, work.tile)
     run(bound_launch(work.call, work.tile, space))
     run(prepare_launch(work.call, work.tile, space, work.out, work.dout, work.lse, work.dlse, None))
     return space
