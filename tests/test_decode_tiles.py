@@ -16,11 +16,8 @@ from flashtile.decode_tiles import (
 )
 from flashtile.explain import explain_problem
 from flashtile.plan import Device, plan
-from flashtile.problem import AttentionProblem
+from flashtile.testing.problems import LLAMA_DECODE, SM_90
 from flashtile.tiles import SHARED_LIMIT, shortage
-
-LLAMA = AttentionProblem("cuda", "bfloat16", 32, 1, 8192, 32, 8, 128, 128)
-SM_90 = Device("cuda", "sm_90", True)
 
 
 @pytest.mark.parametrize(
@@ -50,7 +47,7 @@ SM_90 = Device("cuda", "sm_90", True)
 def test_few_queries_over_long_keys_are_decoded(
     changes: dict[str, Any], reason: str | None
 ) -> None:
-    found = cannot_decode(replace(LLAMA, **changes))
+    found = cannot_decode(replace(LLAMA_DECODE, **changes))
 
     assert (reason in (found or "")) if reason else found is None
 
@@ -62,11 +59,11 @@ def test_a_plan_says_how_keys_are_split() -> None:
         ({"num_splits": 3}, "at most 3 a row"),
         ({"split_size": 1024}, "every 1,024 keys"),
     ):
-        problem = replace(LLAMA, **changes)  # type: ignore[arg-type]
+        problem = replace(LLAMA_DECODE, **changes)  # type: ignore[arg-type]
         assert dict(explain_problem(problem, SM_90).rows())["splits"] == text
-    prefill = dict(explain_problem(replace(LLAMA, seqlen_q=512), SM_90).rows())
+    prefill = dict(explain_problem(replace(LLAMA_DECODE, seqlen_q=512), SM_90).rows())
     assert prefill["not split"] == "512 queries of 4 heads are more than 64 rows"
-    assert plan(LLAMA, Device("cpu")).decode is None
+    assert plan(LLAMA_DECODE, Device("cpu")).decode is None
 
 
 @pytest.mark.parametrize("features", [frozenset(), frozenset({"fp8_cache"})], ids=["", "e4m3"])
@@ -76,8 +73,8 @@ def test_tiles_fit_together(arch: str, dtype: str, features: frozenset[str]) -> 
     """As many programs as run together have shared memory and registers for it."""
     for dim in (8, 64, 96, 128, 192, 256, 512):
         for seqlen_q in (1, 8, 16):
-            problem = replace(LLAMA, dtype=dtype, head_dim=dim, head_dim_v=dim, seqlen_q=seqlen_q,
-                              features=features)  # fmt: skip
+            problem = replace(LLAMA_DECODE, dtype=dtype, head_dim=dim, head_dim_v=dim,
+                              seqlen_q=seqlen_q, features=features)  # fmt: skip
             if shortage(arch, dtype, dim, dim):  # no plan has kernels
                 continue
             config = decode_config(arch, problem)
@@ -93,17 +90,17 @@ def test_tiles_fit_together(arch: str, dtype: str, features: frozenset[str]) -> 
 
 def test_a_limit_of_registers_is_for_three_programs_together() -> None:
     e4m3 = frozenset({"fp8_cache"})
-    three = decode_config("sm_90", replace(LLAMA, features=e4m3))
-    two = decode_config("sm_90", replace(LLAMA, features=e4m3 | {"token_scales"}))
+    three = decode_config("sm_90", replace(LLAMA_DECODE, features=e4m3))
+    two = decode_config("sm_90", replace(LLAMA_DECODE, features=e4m3 | {"token_scales"}))
 
     assert (three.programs_per_sm, three.max_registers) == (3, 168)
     assert (two.programs_per_sm, two.max_registers) == (2, None)
-    assert decode_config("sm_90", LLAMA).max_registers is None
+    assert decode_config("sm_90", LLAMA_DECODE).max_registers is None
 
 
 def test_split_size_has_one_tile_whatever_the_longest_queries() -> None:
-    packed = replace(LLAMA, layout="varlen", total_q=512, split_size=1024)
+    packed = replace(LLAMA_DECODE, layout="varlen", total_q=512, split_size=1024)
     tiles = {decode_config("sm_90", replace(packed, seqlen_q=n)) for n in (1, 4, 16, 512)}
 
     assert len(tiles) == 1
-    assert decode_config("sm_90", LLAMA).block_m == 16
+    assert decode_config("sm_90", LLAMA_DECODE).block_m == 16

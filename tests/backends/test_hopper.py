@@ -22,15 +22,9 @@ from flashtile.kernels import scores
 from flashtile.kernels.forward import Variant
 from flashtile.kernels.hopper import block
 from flashtile.kernels.numbers import opaque
-from flashtile.plan import Device, plan
-from flashtile.problem import AttentionProblem, describe
-
-LLAMA = AttentionProblem("cuda", "bfloat16", 1, 4096, 4096, 32, 8, 128, 128, -1, 0)
-SM_90 = Device("cuda", "sm_90", True)
-
-
-def _half(*shape: int) -> Tensor:
-    return torch.zeros(shape, dtype=torch.bfloat16)
+from flashtile.plan import plan
+from flashtile.problem import describe
+from flashtile.testing.problems import LLAMA, SM_90, half
 
 
 @pytest.mark.parametrize(
@@ -127,26 +121,26 @@ def test_heads_are_taken_in_groups_alike(heads: int, fitting: int, together: int
 
 def test_heads_of_a_group_are_taken_together() -> None:
     """12,345 keys: K and V of five heads fit."""
-    call = normalise(_half(1, 12345, 32, 128), *[_half(1, 12345, 8, 128)] * 2, causal=True)
+    call = normalise(half(1, 12345, 32, 128), *[half(1, 12345, 8, 128)] * 2, causal=True)
     assert hopper._work(call, forward_tile(describe(call))).together == opaque(16)
 
 
 def test_which_tensors_tma_can_address() -> None:
-    x = _half(2, 20, 4, 64)
+    x = half(2, 20, 4, 64)
     assert strides.maps(x)
     assert strides.maps(x.transpose(1, 2).contiguous().transpose(1, 2))
-    assert strides.maps(_half(2, 20, 3, 4, 64)[:, :, 1])
+    assert strides.maps(half(2, 20, 3, 4, 64)[:, :, 1])
     assert strides.maps(x[:1].expand(1, 20, 4, 64))
     assert not strides.maps(x[:1].expand(2, 20, 4, 64))  # a stride of 0
-    assert not strides.maps(_half(2, 20, 4, 65)[..., :64])  # strides of 130 bytes
-    assert not strides.maps(_half(2 * 20 * 4 * 64 + 1)[1:].view(2, 20, 4, 64))  # 2 bytes off
+    assert not strides.maps(half(2, 20, 4, 65)[..., :64])  # strides of 130 bytes
+    assert not strides.maps(half(2 * 20 * 4 * 64 + 1)[1:].view(2, 20, 4, 64))  # 2 bytes off
 
 
 def test_heads_are_folded_where_they_follow_each_other() -> None:
-    x = _half(2, 20, 4, 64)
+    x = half(2, 20, 4, 64)
     assert tensormaps.folds(x, 64)
-    assert not tensormaps.folds(_half(2, 4, 20, 64).transpose(1, 2), 64)
-    assert not tensormaps.folds(_half(2, 20, 4, 48), 64)  # the next head would fill the padding
+    assert not tensormaps.folds(half(2, 4, 20, 64).transpose(1, 2), 64)
+    assert not tensormaps.folds(half(2, 20, 4, 48), 64)  # the next head would fill the padding
     folded, apart = (tensormaps.tensor_map(x, 64, 64, fold) for fold in (True, False))
     assert (list(folded.shape), list(folded.strides)) == ([2, 20, 256], [5120, 256, 1])
     assert (list(apart.shape), list(apart.strides)) == ([2, 4, 20, 64], [5120, 64, 256, 1])
@@ -176,7 +170,7 @@ def test_what_goes_to_the_portable_kernel(
     asked: list[str] = []
     monkeypatch.setattr(hopper.triton, "forward", lambda call, plan: asked.append("portable"))
     monkeypatch.setattr(hopper, "run", lambda launch: asked.append("hopper"))
-    x = _half(2, 30, 4, 128)[:, :20]
+    x = half(2, 30, 4, 128)[:, :20]
     call = normalise(x, x, x, **keywords)
     hopper.forward(call, plan(replace(describe(call), device="cuda"), SM_90))
     assert asked == ["portable" if portable else "hopper"]
@@ -185,14 +179,14 @@ def test_what_goes_to_the_portable_kernel(
 def _pool(layout: str, heads: int, dim: int) -> Tensor:
     """(6, 32, heads, dim): pages, or rows of a cache, as they lie in memory."""
     if layout == "heads first":  # HND, BHSD
-        return _half(6, heads, 32, dim).transpose(1, 2)
+        return half(6, heads, 32, dim).transpose(1, 2)
     if layout == "k beside v":
-        return _half(6, 2, 32, heads, dim)[:, 1]
+        return half(6, 2, 32, heads, dim)[:, 1]
     if layout == "tokens outermost":
-        return _half(32, 6, heads, dim).transpose(0, 1)
+        return half(32, 6, heads, dim).transpose(0, 1)
     if layout == "first slots":
-        return _half(6, 50, heads, dim)[:, :32]
-    return _half(6, 32, heads, dim)
+        return half(6, 50, heads, dim)[:, :32]
+    return half(6, 32, heads, dim)
 
 
 LAYOUTS = ("contiguous", "heads first", "k beside v", "tokens outermost", "first slots")
@@ -223,12 +217,12 @@ def test_addresses_of_caches(layout: str, heads: int) -> None:
 @pytest.mark.parametrize("page", [0, 16])
 def test_columns_past_a_head_are_past_the_maps_end(dim: int, dim_v: int, page: int) -> None:
     """Behind a head lies the next one, and behind the last the next slot, which may hold NaN."""
-    k, v = (_half(6, page or 512, 2, n) for n in (dim, dim_v))
+    k, v = (half(6, page or 512, 2, n) for n in (dim, dim_v))
     paged = {"block_table": torch.zeros(1, 32, dtype=torch.int32)} if page else {}
-    q, used = _half(1 if page else 6, 1000, 4, dim), torch.ones(6, dtype=torch.int32)
+    q, used = half(1 if page else 6, 1000, 4, dim), torch.ones(6, dtype=torch.int32)
     call = normalise(q, k, v, seqused_k=used[: q.shape[0]], **paged)
     chosen = plan(replace(describe(call), device="cuda"), SM_90)
-    tile, out = chosen.hopper, _half(*q.shape[:-1], dim_v)
+    tile, out = chosen.hopper, half(*q.shape[:-1], dim_v)
     assert tile is not None
     launch = hopper.forward_launch(call, chosen, out, torch.empty(call.lse_shape))
     for x, found, padded in zip(
@@ -243,7 +237,7 @@ def test_caches_that_tma_cannot_address_are_the_portable_kernels() -> None:
     used, (nhd, hnd) = torch.ones(6, dtype=torch.int32), (
         _pool(layout, 2, 128) for layout in ("contiguous", "heads first")
     )  # fmt: skip
-    q, shared = _half(6, 1000, 4, 128), nhd[:1].expand(6, -1, -1, -1)
+    q, shared = half(6, 1000, 4, 128), nhd[:1].expand(6, -1, -1, -1)
     for k, v, backend in ((nhd, nhd, "hopper"), (hnd, hnd, "hopper"), (hnd, nhd, "triton"),
                           (shared, shared, "triton")):  # fmt: skip
         problem = replace(describe(normalise(q, k, v, seqused_k=used)), device="cuda")
@@ -289,7 +283,7 @@ def test_a_packed_map_has_queries_outside_heads(group: int) -> None:
     """Row r of a tile is query r // pack of head r % pack; what lies past a group is past the map's
     end."""
     pack = 1 << (group - 1).bit_length()
-    for x in (_half(2, 40, 3 * group, 128), _half(2, 3 * group, 40, 128).transpose(1, 2)):
+    for x in (half(2, 40, 3 * group, 128), half(2, 3 * group, 40, 128).transpose(1, 2)):
         found = tensormaps.packed_map(x, 3, pack, 64, 128)
         assert list(found.block_shape) == [1, 1, 64 // pack, pack, 128]
         assert list(found.shape) == [2, 3, 40, group, 128]
@@ -303,7 +297,7 @@ def test_a_packed_map_has_queries_outside_heads(group: int) -> None:
 def test_a_packed_launch_has_tiles_of_kv_heads(monkeypatch: pytest.MonkeyPatch) -> None:
     launches: list[Any] = []
     monkeypatch.setattr(hopper, "run", launches.append)
-    q, k = _half(5, 40, 28, 128), _half(5, 500, 4, 128)
+    q, k = half(5, 40, 28, 128), half(5, 500, 4, 128)
     call = normalise(q, k, k, causal=True)
     chosen = plan(replace(describe(call), device="cuda"), SM_90)
     assert chosen.hopper is not None

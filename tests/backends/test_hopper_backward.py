@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from flashtile.api import normalise
 from flashtile.backends import hopper_backward, triton
@@ -17,19 +16,14 @@ from flashtile.backends.launch import Launch
 from flashtile.backends.torch import Gradients
 from flashtile.hopper_backward_tiles import backward_tile, cannot_backward
 from flashtile.kernels.numbers import opaque
-from flashtile.plan import Device, plan
-from flashtile.problem import AttentionProblem, describe
-
-LLAMA = AttentionProblem("cuda", "bfloat16", 1, 4096, 4096, 32, 8, 128, 128, -1, 0)
+from flashtile.plan import plan
+from flashtile.problem import describe
+from flashtile.testing.problems import LLAMA, SM_90, half
 
 LEFT = Gradients(*(torch.zeros(1) for _ in Gradients._fields))
 """What the portable kernels are asked for."""
 
 KERNELS = ["prepare_backward", "attention_backward", "finish_query_gradient"]
-
-
-def _half(*shape: int) -> Tensor:
-    return torch.zeros(shape, dtype=torch.bfloat16)
 
 
 @pytest.mark.parametrize(
@@ -51,10 +45,10 @@ def test_gradients_asked_for_in_part(
 
     monkeypatch.setattr(hopper_backward, "run", found.append)
     monkeypatch.setattr(triton, "backward", portable)
-    q = _half(1, 256, 2, 128)
-    call = normalise(q, q, q, bias=_half(1, 2, 256, 256) if "bias" in needs else None)
+    q = half(1, 256, 2, 128)
+    call = normalise(q, q, q, bias=half(1, 2, 256, 256) if "bias" in needs else None)
     asking = tuple(name in needs.split() for name in Gradients._fields)
-    chosen = plan(describe(call), Device("cuda", "sm_90", True), ("triton",))
+    chosen = plan(describe(call), SM_90, ("triton",))
     lse = torch.zeros(1, 2, 256)
     grads = hopper_backward.backward(call, chosen, q, None, q, lse, asking)
 
@@ -104,8 +98,8 @@ def test_backward_tiles_are_taken_longest_first_over_some_heads(tiles: int, toge
 def test_backward_tiles_of_a_launch() -> None:
     """Dense: pairs of a batch and a KV head. Packed: slots for any lengths, all heads together."""
     cu_seqlens = torch.tensor([0, 5, 300, 700], dtype=torch.int32)
-    dense = normalise(*(_half(2, 700, heads, 128) for heads in (8, 2, 2)), causal=True)
-    packed = normalise(*(_half(700, heads, 128) for heads in (8, 2, 2)), causal=True,
+    dense = normalise(*(half(2, 700, heads, 128) for heads in (8, 2, 2)), causal=True)
+    packed = normalise(*(half(700, heads, 128) for heads in (8, 2, 2)), causal=True,
                        cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens, max_seqlen_q=400,
                        max_seqlen_k=400)  # fmt: skip
     for call, grid, wanted in ((dense, 24, [6, 11, 4, 4]), (packed, 18, [9, 14, 2, 2])):
@@ -126,15 +120,14 @@ def test_backward_tiles_of_a_launch() -> None:
 )
 def test_rows_lie_where_dq_will(tokens: int, deterministic: bool, within: bool) -> None:
     """Unless a block of them is more than dQ is, or what writes dQ reads units beside them."""
-    call = normalise(*(_half(2, tokens, 8, 64) for _ in range(3)), causal=True)
+    call = normalise(*(half(2, tokens, 8, 64) for _ in range(3)), causal=True)
     tile, dq = backward_tile(describe(call), deterministic), torch.zeros_like(call.operands.q)
 
     space = hopper_backward.workspace(call, tile, dq)
 
     parts = [x for x in space if x is not None]
     assert (space.rows.data_ptr() == dq.data_ptr()) == within
-    memory = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in parts}
-    assert len(memory) == 1 + within
+    assert len({x.untyped_storage().data_ptr() for x in parts}) == 1 + within
     space.rows.fill_(1.0)
     assert bool(dq.any()) == within
     assert all(bool((x == 1.0).all()) == (x is space.rows) for x in parts if x.is_floating_point())

@@ -22,7 +22,7 @@ from flashtile.testing.caches import (
     check_cache_case,
     draw_cache_case,
 )
-from flashtile.testing.interpreter import interpreted
+from flashtile.testing.interpreter import interpreted, refuse_long_way
 
 
 def _ints(*values: int) -> Tensor:
@@ -87,10 +87,6 @@ def _outcome(
     return flash_attn_with_kvcache(q, k_cache, v_cache, **keywords), k_cache
 
 
-def _refuse(*_: Any) -> None:
-    raise AssertionError("the long way was taken")
-
-
 @pytest.mark.parametrize(
     "name", ["dense rotary pairs", "page 7", "remapped", "ragged pages", "fp8 token pages"]
 )
@@ -103,7 +99,7 @@ def test_replays_append_to_the_caches_they_are_given(
             drawn = draw_cache_case(CACHE_CASES[name], torch.float32)
             drawn.keywords["cache_seqlens"].sub_(turn).clamp_(min=0)
             check_cache_case(drawn, causal=True)
-            monkeypatch.setattr(ops, "with_kvcache", _refuse)
+            monkeypatch.setattr(ops, "with_kvcache", refuse_long_way)
 
 
 @pytest.mark.parametrize("prefixed", [False, True])
@@ -126,7 +122,7 @@ def test_replays_of_calls_that_append_nothing(
                 q, *caches, cache_seqlens=lengths, causal=True
             )
             torch.testing.assert_close(found, golden.out.float(), rtol=1e-5, atol=1e-5)
-            monkeypatch.setattr(ops, "with_kvcache" if prefixed else "forward", _refuse)
+            monkeypatch.setattr(ops, "with_kvcache" if prefixed else "forward", refuse_long_way)
 
 
 @pytest.mark.parametrize("change", ["lengths", "out", "mask"])
@@ -142,7 +138,7 @@ def test_what_is_no_metadata_takes_the_operator(
     with interpreted(16, 16, capacity=16):
         for _ in range(2):
             flash_attn_with_kvcache(drawn.q, *drawn.caches, **drawn.keywords | changes)
-        monkeypatch.setattr(ops, "with_kvcache", _refuse)
+        monkeypatch.setattr(ops, "with_kvcache", refuse_long_way)
         with pytest.raises(AssertionError, match="the long way"):
             flash_attn_with_kvcache(drawn.q, *drawn.caches, **drawn.keywords | changes)
 

@@ -20,15 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from flashtile import config, flash_attn_func, ops
 from flashtile.api import warm
-from flashtile.testing.interpreter import interpreted
-
-
-def _qkv(**options: Any) -> list[Tensor]:
-    return [torch.randn(2, 20, 2, 8, **options) for _ in "qkv"]
-
-
-def _refuse(*_: Any) -> None:
-    raise AssertionError("the long way was taken")
+from flashtile.testing.interpreter import interpreted, refuse_long_way, small_qkv
 
 
 @pytest.mark.parametrize("given", [
@@ -39,30 +31,30 @@ def test_what_is_no_metadata_takes_the_operator(
     given: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with interpreted(capacity=64), torch.no_grad():
-        flash_attn_func(*_qkv(), **given)
-        monkeypatch.setattr(ops, "forward", _refuse)
+        flash_attn_func(*small_qkv(), **given)
+        monkeypatch.setattr(ops, "forward", refuse_long_way)
         with pytest.raises(AssertionError, match="the long way"):
-            flash_attn_func(*_qkv(), **given)
+            flash_attn_func(*small_qkv(), **given)
 
 
-class _Dispatched(TorchDispatchMode):
+class _Seen:
+    """Names of what a mode sees."""
+
     def __init__(self) -> None:
         super().__init__()
         self.names: list[str] = []
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def see(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.names.append(str(func))
         return func(*args, **(kwargs or {}))
 
 
-class _Called(TorchFunctionMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
+class _Dispatched(_Seen, TorchDispatchMode):
+    __torch_dispatch__ = _Seen.see
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.names.append(str(func))
-        return func(*args, **(kwargs or {}))
+
+class _Called(_Seen, TorchFunctionMode):
+    __torch_function__ = _Seen.see
 
 
 @pytest.mark.parametrize(
@@ -70,7 +62,7 @@ class _Called(TorchFunctionMode):
 )
 def test_a_mode_sees_the_operators(mode: Any, operators: tuple[str, ...]) -> None:
     """Autograd runs below modes of functions, whoever calls it."""
-    x = _qkv(requires_grad=True)
+    x = small_qkv(requires_grad=True)
     with interpreted(capacity=64):
         for _ in range(2):
             flash_attn_func(*x).sum().backward()
@@ -94,7 +86,7 @@ def test_tracers_see_the_operator() -> None:
     def attend(*x: Any) -> Tensor:
         return flash_attn_func(*x)
 
-    graphs, x = _Graphs(), _qkv()
+    graphs, x = _Graphs(), small_qkv()
     with interpreted(capacity=64):
         for _ in range(2):
             expected = attend(*x)
@@ -104,7 +96,7 @@ def test_tracers_see_the_operator() -> None:
 
 
 def test_compiled_autograd_sees_the_operator() -> None:
-    graphs, (q, k, v) = _Graphs(), _qkv(requires_grad=True)
+    graphs, (q, k, v) = _Graphs(), small_qkv(requires_grad=True)
     with interpreted(capacity=64):
         for _ in range(2):
             expected = torch.autograd.grad(flash_attn_func(q, k, v).square().sum(), (q, k, v))
@@ -118,18 +110,18 @@ def test_a_default_device_is_no_reason_to_take_the_operators(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Though torch makes it a mode."""
-    x = _qkv(requires_grad=True)
+    x = small_qkv(requires_grad=True)
     with interpreted(capacity=64), torch.device("cpu"):
         flash_attn_func(*x).sum().backward()
-        monkeypatch.setattr(ops, "forward", _refuse)
-        monkeypatch.setattr(torch.ops.flashtile.backward, "default", _refuse)
+        monkeypatch.setattr(ops, "forward", refuse_long_way)
+        monkeypatch.setattr(torch.ops.flashtile.backward, "default", refuse_long_way)
         flash_attn_func(*x).sum().backward()
 
 
 def test_negated_views_are_negated_and_zeros_are_zero() -> None:
     """Where memory does not hold the values: imaginary parts may be negated, gradients missing."""
     with interpreted(capacity=64):
-        q, k, v = _qkv(requires_grad=True)
+        q, k, v = small_qkv(requires_grad=True)
         for _ in range(2):
             out = flash_attn_func(torch._neg_view(q), k, v)
             torch.testing.assert_close(out, flash_attn_func(-q, k, v))
@@ -145,7 +137,7 @@ def test_negated_views_are_negated_and_zeros_are_zero() -> None:
 
 def test_what_a_transform_leaves_behind_takes_the_operator() -> None:
     """A tensor that wraps another and has no memory of its own."""
-    q, k, v = _qkv()
+    q, k, v = small_qkv()
     left: list[Tensor] = []
     torch.func.grad(lambda x: left.append(x) or x.sum())(q)  # type: ignore[func-returns-value]
     with interpreted(capacity=64):
@@ -165,10 +157,10 @@ def _deterministic() -> Iterator[None]:
     partial(patch.object, config, "allow_tf32", True), partial(patch.object, ops, "plan", None),
 ], ids=["checked", "forward mode", "deterministic", "tf32", "planner"])  # fmt: skip
 def test_switches_take_the_operator(switch: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    x = _qkv()
+    x = small_qkv()
     with interpreted(capacity=64):
         flash_attn_func(*x)
-        monkeypatch.setattr(ops, "forward", _refuse)
+        monkeypatch.setattr(ops, "forward", refuse_long_way)
         flash_attn_func(*x)
         with switch(), pytest.raises(AssertionError, match="the long way"):
             flash_attn_func(*x)
@@ -176,7 +168,7 @@ def test_switches_take_the_operator(switch: Any, monkeypatch: pytest.MonkeyPatch
 
 def test_what_autocast_casts_takes_the_operator() -> None:
     """Though calls of the dtype before the cast were met too."""
-    x = _qkv()
+    x = small_qkv()
     with interpreted(capacity=64):
         assert flash_attn_func(*x).dtype == torch.float32
         for _ in range(3):
@@ -189,5 +181,5 @@ def test_without_guards_every_call_takes_the_operator(monkeypatch: pytest.Monkey
     monkeypatch.setattr(warm, "_guards", None)
     with interpreted(capacity=64):
         for _ in range(2):
-            flash_attn_func(*_qkv())
+            flash_attn_func(*small_qkv())
         assert not warm._kept

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import weakref
-from typing import Any
 
 import pytest
 import torch
@@ -15,7 +14,7 @@ from flashtile.api import warm
 from flashtile.backends import blocklists, launch, replays, triton
 from flashtile.testing import Case, assert_matches_reference
 from flashtile.testing.cases import Problem
-from flashtile.testing.interpreter import interpreted
+from flashtile.testing.interpreter import interpreted, refuse_long_way, small_qkv
 
 DENSE = Case("causal", 20, 33, head_dim=8, features={"causal": True})
 PACKED = Case("packed", head_dim=8, lengths=((17, 17), (0, 5), (9, 20)), features={"causal": True})
@@ -36,24 +35,16 @@ def _same_shapes(case: Case, seed: int) -> Problem:
     return problem._replace(tensors=tensors)
 
 
-def _qkv(**options: Any) -> list[Tensor]:
-    return [torch.randn(2, 20, 2, 8, **options) for _ in "qkv"]
-
-
-def _refuse(*_: Any) -> None:
-    raise AssertionError("the long way was taken")
-
-
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_later_calls_are_replayed(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     with interpreted(capacity=64):
         assert_matches_reference(_same_shapes(case, 0), "first")
         assert None not in replays._replays.values()
         kept = len(replays._replays)
-        monkeypatch.setattr(triton, "run", _refuse)
+        monkeypatch.setattr(triton, "run", refuse_long_way)
         if case.name != "dropout":  # whose state is a new tensor of the operator's
-            monkeypatch.setattr(ops, "forward", _refuse)
-            monkeypatch.setattr(torch.ops.flashtile.backward, "default", _refuse)
+            monkeypatch.setattr(ops, "forward", refuse_long_way)
+            monkeypatch.setattr(torch.ops.flashtile.backward, "default", refuse_long_way)
         for seed in (1, 2):
             assert_matches_reference(_same_shapes(case, seed), f"replay {seed}")
         assert len(replays._replays) == kept
@@ -69,9 +60,9 @@ def test_masks_given_as_tensors_are_replayed(
     with interpreted(list_block=32, capacity=64):
         assert_matches_reference(case.draw(1), "first")
         assert None not in replays._replays.values()
-        monkeypatch.setattr(launch, "run", _refuse)
+        monkeypatch.setattr(launch, "run", refuse_long_way)
         for module in (triton, blocklists):
-            monkeypatch.setattr(module, "run", _refuse)
+            monkeypatch.setattr(module, "run", refuse_long_way)
         for seed in (2, 3):
             assert_matches_reference(case.draw(seed), f"replay {seed}")
 
@@ -125,7 +116,7 @@ def test_everything_goes_when_it_is_full() -> None:
 
 def test_nothing_of_a_call_is_kept_alive() -> None:
     with interpreted(capacity=64):
-        x = _qkv(requires_grad=True)
+        x = small_qkv(requires_grad=True)
         out = flash_attn_func(*x, causal=True)
         out.sum().backward()
         gone = [weakref.ref(t) for t in (*x, out)]
@@ -151,7 +142,7 @@ def _forms() -> dict[str, list[Tensor]]:
     apart = torch.randn(3, 2, 2, 20, 8).transpose(2, 3).unbind()
     shifted = [x[1:].view(2, 20, 2, 8) for x in torch.randn(3, 2 * 20 * 2 * 8 + 1).unbind()]
     x = torch.randn(2, 20, 2, 8)
-    return {"packed": _qkv(), "apart": list(apart), "shifted": shifted, "one": [x, x, x]}
+    return {"packed": small_qkv(), "apart": list(apart), "shifted": shifted, "one": [x, x, x]}
 
 
 def test_calls_of_the_same_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,7 +153,7 @@ def test_calls_of_the_same_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
                 out = flash_attn_func(*x, causal=True)
                 exact = flashtile.reference.attention(*x, causal=True).out
                 torch.testing.assert_close(out, exact.float(), rtol=1e-4, atol=1e-4)
-            monkeypatch.setattr(ops, "forward", _refuse)
+            monkeypatch.setattr(ops, "forward", refuse_long_way)
         assert [len(kept) for kept in warm._kept.values()] == [4]
 
 
@@ -186,7 +177,7 @@ def test_lengths_given_once_or_twice(monkeypatch: pytest.MonkeyPatch) -> None:
                 torch.testing.assert_close(out, exact.float(), rtol=1e-4, atol=1e-4)
             with pytest.raises(TypeError, match="cu_seqlens_k"):
                 flash_attn_varlen_func(q, k, v, first, first.long())
-            monkeypatch.setattr(ops, "forward", _refuse)
+            monkeypatch.setattr(ops, "forward", refuse_long_way)
 
 
 def test_values_within_keys_or_beside_them(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -194,14 +185,14 @@ def test_values_within_keys_or_beside_them(monkeypatch: pytest.MonkeyPatch) -> N
     with interpreted(capacity=64), torch.no_grad():
         q, k, other = torch.randn(3, 2, 20, 1, 16)
         flash_attn_func(q, k, k[..., :8])
-        monkeypatch.setattr(ops, "forward", _refuse)
+        monkeypatch.setattr(ops, "forward", refuse_long_way)
         flash_attn_func(q, k, k[..., :8])
         with pytest.raises(AssertionError, match="the long way"):
             flash_attn_func(q, k, other[..., :8])
 
 
 def test_another_autocast_dtype_casts() -> None:
-    x = _qkv(dtype=torch.float16)
+    x = small_qkv(dtype=torch.float16)
     with interpreted(capacity=64):
         for _ in range(2):
             with torch.autocast("cpu", dtype=torch.float16):
@@ -214,7 +205,7 @@ def test_another_autocast_dtype_casts() -> None:
 
 
 def test_errors_are_raised_again() -> None:
-    q, k, v = _qkv()
+    q, k, v = small_qkv()
     with interpreted(capacity=64):
         for _ in range(2):
             flash_attn_func(q, k, v)
@@ -231,7 +222,7 @@ def test_errors_are_raised_again() -> None:
 def test_autograd_of_a_replay() -> None:
     """What torch promises of saved tensors, and what flashtile says of second derivatives."""
     with interpreted(capacity=64):
-        q, k, v = _qkv(requires_grad=True)
+        q, k, v = small_qkv(requires_grad=True)
         for turn in range(2):
             x = q * 1.0
             out = flash_attn_func(x, k, v)
@@ -255,7 +246,7 @@ def test_recording_tells_calls_apart(
     return_lse: bool, first: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whichever was met first: the guards see what requires grad, not whether it is recorded."""
-    q, k, v = _qkv(requires_grad=True)
+    q, k, v = small_qkv(requires_grad=True)
     with interpreted(capacity=64):
         for turn in range(3):
             for recorded in (first, not first, not first, first):
@@ -266,12 +257,12 @@ def test_recording_tells_calls_apart(
                 assert [x.requires_grad for x in results] == [recorded] * len(results)
             assert flash_attn_func(q.detach(), k.detach(), v.detach()).requires_grad is False
             if turn == 0:
-                monkeypatch.setattr(ops, "forward", _refuse)
+                monkeypatch.setattr(ops, "forward", refuse_long_way)
 
 
 def test_a_recorded_backward_is_no_replay_of_one_that_was_not() -> None:
     with interpreted(capacity=64):
-        x, dout = _qkv(requires_grad=True), torch.randn(2, 20, 2, 8)
+        x, dout = small_qkv(requires_grad=True), torch.randn(2, 20, 2, 8)
         for _ in range(2):
             torch.autograd.grad(flash_attn_func(*x), x, dout)
             (dq, *_) = torch.autograd.grad(flash_attn_func(*x), x, dout, create_graph=True)
@@ -295,7 +286,7 @@ def test_saved_tensors_may_come_back_with_other_strides() -> None:
 
 def test_only_the_gradients_asked_for() -> None:
     with interpreted(capacity=64):
-        q, k, v = _qkv()
+        q, k, v = small_qkv()
         sink = torch.nn.Parameter(torch.randn(2))
         for wanted in ([k], [q, v], [k], [sink], [q, sink], [q, sink]):
             for x in (q, k, v, sink):

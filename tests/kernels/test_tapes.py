@@ -179,15 +179,11 @@ def test_a_compiled_kernel_takes_addresses(
 ) -> None:
     """Of the launcher in C, where that has no more to do than launch. If a profiler listens, or if
     a kernel needs scratch memory, Triton's own is called, on the same stream."""
-    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda _: 5, raising=False)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    launches, inner = [], []  # type: ignore[var-annotated]
-    run = MagicMock(side_effect=lambda *a: launches.append(a), launch_cooperative_grid=False)
-    run.launch, run.launch_pdl = MagicMock(side_effect=lambda *a: inner.append(a)), True
-    run.global_scratch_size, run.profile_scratch_size = 0, scratch
-    del run.arg_annotations
-    compiled = SimpleNamespace(run=run, function=1, packed_metadata=2, launch_metadata=lambda *a: a)
-    kernel = _Kernel(compiled)
+    compiled, inner = _compiled(monkeypatch)
+    launches: list[Any] = []
+    run, kernel = compiled.run, _Kernel(compiled)
+    run.side_effect = lambda *a: launches.append(a)
+    run.launch_pdl, run.profile_scratch_size = True, scratch
 
     def compute(tensors: Any) -> tuple[Tensor]:
         launch.run(launch.Launch(kernel, 3, ((tensors[0], 4), None)))

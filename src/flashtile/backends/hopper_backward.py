@@ -181,7 +181,7 @@ def workspace(call: Call, tile: HopperBackwardTile, dq: Tensor) -> Workspace:
     blocks = triton.query_grid(call, tile.block_m)
     sum_dtype = torch.int32 if tile.integers else torch.float32
     rows = (tile.row_numbers * blocks, tile.block_m), torch.float32
-    in_dq = not tile.integers and math.prod(rows[0]) * 4 <= dq.numel() * dq.element_size()
+    in_dq = not tile.integers and math.prod(rows[0]) * 4 <= dq.nbytes
     space = Workspace(*replays.workspace(
         dq,
         None if in_dq else rows,

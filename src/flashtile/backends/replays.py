@@ -146,8 +146,8 @@ def within(memory: Tensor, shape: Sequence[int], dtype: torch.dtype, place: int 
 
 
 def _part(memory: Tensor, shape: tuple[int, ...], dtype: torch.dtype, place: int) -> Tensor:
-    units = memory.view(-1).view(torch.uint8)
-    return units[place : place + math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
+    flat = memory.view(-1).view(torch.uint8)
+    return flat[place : place + math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
 
 
 def _allocation(x: Tensor) -> Callable[[], Tensor]:

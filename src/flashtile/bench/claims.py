@@ -190,18 +190,16 @@ def memory_claims(rows: list[Row]) -> list[Claim]:
     length in units of FlashAttention-2's."""
     found = []
     for path in dict.fromkeys(row["path"] for row in rows):
-        sizes = {r["seqlen"]: r["flashtile_bytes"] for r in rows if r["path"] == path}
+        part = [row for row in rows if row["path"] == path]
+        sizes = {r["seqlen"]: r["flashtile_bytes"] for r in part}
         longest = max(sizes)
         if longest // 2 in sizes:
             growth = sizes[longest] / sizes[longest // 2]
             what = f"{path}, memory of {longest:,} tokens over that of half of them"
             found.append(Claim(what, growth, LINEAR, False))
-        shares = [
-            (r["flashtile_bytes"] / r["fa2_bytes"], r["seqlen"])
-            for r in rows if r["path"] == path and "fa2_bytes" in r
-        ]  # fmt: skip
-        if shares:
-            most, seqlen = max(shares)
+        beside = [r for r in part if "fa2_bytes" in r]
+        if beside:
+            most, seqlen = max((sizes[r["seqlen"]] / r["fa2_bytes"], r["seqlen"]) for r in beside)
             what = f"{path}, memory of {seqlen:,} tokens over FlashAttention-2's, most"
             found.append(Claim(what, most, MEMORY_OF_FA2, False))
     return found

@@ -230,7 +230,7 @@ def deterministic(results: Path) -> str:
 
 
 def _both(values: Any, unit: str = "") -> str:
-    """Forward / backward, a dash for what there is not; nothing where there is neither."""
+    """One / other, a dash for what there is not; nothing where there is neither."""
     found = ["-" if x is None else f"{x:.2f}{unit}" for x in values]
     return "" if set(found) == {"-"} else " / ".join(found)
 

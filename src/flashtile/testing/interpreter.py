@@ -54,7 +54,7 @@ def _dtype_table(triton_own: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return numpy_dtype
 
 
-def _shapes_once(tensor: Any) -> Callable[..., None]:
+def _shapes_once(triton_own: Callable[..., None]) -> Callable[..., None]:
     """How tensors begin. Triton's own wraps every dim of every tensor in types of its language: 12%
     of the time. No kernel changes a shape."""
     known: dict[str, tuple[Any, Any]] = {}
@@ -66,11 +66,10 @@ def _shapes_once(tensor: Any) -> Callable[..., None]:
         self.handle, self.type, self.dtype = handle, type, type.scalar
         self.numel, self.shape = known[type.name]
 
-    triton_own = tensor.__init__
     return begin
 
 
-def _block_types_once(block_type: Any) -> Callable[..., None]:
+def _block_types_once(triton_own: Callable[..., None]) -> Callable[..., None]:
     """How types of blocks begin. Triton's own checks every dim, and writes a name down: 15% of the
     time."""
     known: dict[tuple[str, tuple[int, ...]], dict[str, Any]] = {}
@@ -82,8 +81,16 @@ def _block_types_once(block_type: Any) -> Callable[..., None]:
             known[key] = dict(vars(self))
         vars(self).update(known[key])
 
-    triton_own = block_type.__init__
     return begin
+
+
+def refuse_long_way(*_: Any) -> None:
+    """Stands in for what a replayed call must not get to."""
+    raise AssertionError("the long way was taken")
+
+
+def small_qkv(**options: Any) -> list[torch.Tensor]:
+    return [torch.randn(2, 20, 2, 8, **options) for _ in "qkv"]
 
 
 def _why_not(name: str, _: plan.Device) -> str | None:
@@ -141,8 +148,8 @@ def interpreted(
         patch.object(interpreter.InterpretedFunction, "__call__", _patching_once(interpreter)),
         patch.object(interpreter.interpreter_builder, "options", options),
         patch.object(interpreter, "_get_np_dtype", _dtype_table(interpreter._get_np_dtype)),
-        patch.object(tensor, "__init__", _shapes_once(tensor)),
-        patch.object(block_type, "__init__", _block_types_once(block_type)),
+        patch.object(tensor, "__init__", _shapes_once(tensor.__init__)),
+        patch.object(block_type, "__init__", _block_types_once(block_type.__init__)),
         patch.object(interpreter, "_convert_float", partial(_convert, interpreter._convert_float)),
         errstate(divide="ignore", invalid="ignore", over="ignore"),  # as a GPU does
     ):
